@@ -1,0 +1,36 @@
+"""Structured linear layers for PyTorch that make their saved FLOPs pay."""
+
+from . import analysis, spec, testing
+from .checkpoint import load, save
+from .nn import StructuredLinear, project
+from .optim import param_groups
+from .plan import Plan
+from .spec import STRUCTURES, Spec, register
+from .structures import BTT, BlockDiagonal, Dense, Dyad, Kronecker, LowRank, Monarch
+from .surgery import to_dense_, to_structured_
+from .version import __version__
+
+__all__ = [
+    "BTT",
+    "STRUCTURES",
+    "BlockDiagonal",
+    "Dense",
+    "Dyad",
+    "Kronecker",
+    "LowRank",
+    "Monarch",
+    "Plan",
+    "Spec",
+    "StructuredLinear",
+    "__version__",
+    "analysis",
+    "load",
+    "param_groups",
+    "project",
+    "register",
+    "save",
+    "spec",
+    "testing",
+    "to_dense_",
+    "to_structured_",
+]

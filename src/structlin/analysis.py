@@ -1,0 +1,84 @@
+"""What a plan implies, for every structure at once: costs, rank, scales. Pure Python, so candidates can be ranked
+by the thousand without building one. If a fact can be read off the plan it is written here and nowhere else."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .plan import Plan, Step, Term
+
+
+def num_params(plan: Plan) -> int:
+    """Number of weights in all factors (without a bias)."""
+    return sum(plan.size(step.w) for _, step in plan.factors.values())
+
+
+def step_flops(plan: Plan, step: Step) -> int:
+    """Forward FLOPs of one step for one token, a multiply-add counted as two."""
+    return 2 * plan.size({*step.x, *step.w})
+
+
+def flops(plan: Plan) -> int:
+    """Forward FLOPs for one token, a multiply-add counted as two; the backward pass costs twice that."""
+    return sum(step_flops(plan, step) for _, step in plan.factors.values())
+
+
+def compute(plan: Plan) -> float:
+    """FLOPs as a fraction of those of the dense matrix of the same shape."""
+    return flops(plan) / (2 * plan.in_features * plan.out_features)
+
+
+def traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
+    """Bytes that a forward pass moves when every step reads its operands and writes its result once."""
+    return itemsize * sum(
+        tokens * (plan.size(step.x) + plan.size(step.y)) + plan.size(step.w) for _, step in plan.factors.values()
+    )
+
+
+def saved_activations(plan: Plan) -> int:
+    """Elements per token that the backward pass needs: the input, once, and every intermediate."""
+    hidden = sum(plan.size(step.y) for term in plan.terms for step in term.steps[:-1])
+    return plan.in_features + hidden
+
+
+def rank_bound(plan: Plan) -> int:
+    """Largest rank of the matrix, attained by generic factors: the minimum cut between input and output.
+
+    In each term's tensor network every factor stands on the side of the input or of the output; the sizes of the
+    axes that cross multiply, and the smallest product over all divisions bounds the rank. Terms add.
+    """
+
+    def cut(term: Term) -> int:
+        best = []
+        for side in product((0, 1), repeat=len(term.weights)):
+            nodes = [(term.x, 0), (term.y, 1), *zip(term.weights, side, strict=True)]
+            sides = {axis: {s for axes, s in nodes if axis in axes} for axis in {a for axes, _ in nodes for a in axes}}
+            best.append(plan.size(axis for axis, both in sides.items() if len(both) == 2))
+        return min(best)
+
+    return min(plan.in_features, plan.out_features, sum(map(cut, plan.terms)))
+
+
+def fan(plan: Plan, name: str) -> tuple[int, int]:
+    """Fan-in and fan-out of one factor: sizes of the axes that its step contracts and brings in."""
+    _, step = plan.factors[name]
+    return plan.size(step.contract), plan.size(step.out)
+
+
+def init_std(plan: Plan, name: str) -> float:
+    """Standard deviation of one factor under the spectral (muP) rule.
+
+    Each factor gets ``sqrt(min(1, fan_out / fan_in) / fan_in)`` (Potapczynski et al. 2024, section on initialisation),
+    divided by the root of the number of terms so that a sum has the scale of one matrix.
+    """
+    fan_in, fan_out = fan(plan, name)
+    return float((min(1.0, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5)
+
+
+def lr_scale(plan: Plan, name: str) -> float:
+    """Adam learning rate of one factor relative to that of the dense layer it replaces.
+
+    ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates).
+    """
+    fan_in, _ = fan(plan, name)
+    return plan.in_features / fan_in / len(plan.factors)

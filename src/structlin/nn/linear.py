@@ -1,0 +1,136 @@
+"""One module for all structures: a drop-in ``nn.Linear`` whose weight is a sum of einsum chains."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import analysis
+from ..ops import contract
+from ..ops.lowering import lower
+from ..plan import Plan
+from ..spec import Spec
+
+
+class StructuredLinear(nn.Module):
+    """``y = x W^T + bias`` with ``W`` of the structure ``spec``; a drop-in for ``torch.nn.Linear``.
+
+    >>> layer = StructuredLinear(64, 128, Monarch(nblocks=4))
+    >>> layer(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 128])
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        spec: the structure and its hyperparameters.
+        bias: whether to add a learnable bias of shape (out_features,), zero at first.
+        device: of the parameters; "meta" allocates nothing.
+        dtype: of the parameters, any float or complex type.
+
+    Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
+
+    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation.
+
+    Raises:
+        ValueError: when the shape does not fit the structure, or an input the layer.
+    """
+
+    spec: Spec
+    plan: Plan
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: Spec,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"a layer of {out_features}x{in_features} features has no weight; widths start at 1")
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.plan = spec.plan(out_features, in_features)
+        for name, shape in self.plan.shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
+        self._chains = lower(self.plan)
+        self._dense = next(iter(self.plan.factors)) if self.plan.is_dense else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every factor from a normal distribution at its spectral scale (`analysis.init_std`); zero the bias."""
+        for name in self.plan.factors:
+            self.get_parameter(name).normal_(std=analysis.init_std(self.plan, name))
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, in_features) -> (*, out_features)."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
+            )
+        if self._dense is not None:
+            return F.linear(x, getattr(self, self._dense), self.bias)
+        y = self._multiply(x.reshape(-1, self.in_features))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, tokens: Tensor) -> Tensor:
+        """(tokens, in_features) -> (tokens, out_features), without the bias."""
+        y: Tensor | None = None
+        for chain in self._chains:
+            z = tokens.reshape(-1, *chain.view)
+            for stage in chain.stages:
+                if stage.relayout is not None:
+                    z = z.permute(stage.relayout).contiguous()
+                z = contract(z, getattr(self, stage.name), stage.equation)
+            if chain.relayout is not None:
+                z = z.permute(chain.relayout)
+            z = z.reshape(-1, self.out_features)
+            y = z if y is None else y + z
+        assert y is not None
+        return y
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The ``nn.Linear`` that computes the same function, on the same device and in the same dtype.
+
+        Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
+        factors are multiplied in float32 and rounded once.
+        """
+        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
+        wide = torch.promote_types(factor.dtype, torch.float32)
+        twin = self if factor.dtype == wide else self._in_dtype(wide)
+        weight = twin._multiply(torch.eye(self.in_features, device=factor.device, dtype=wide)).T
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=factor.device, dtype=factor.dtype
+        )
+        dense.weight.copy_(weight)
+        dense.weight.requires_grad_(factor.requires_grad)
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def _in_dtype(self, dtype: torch.dtype) -> StructuredLinear:
+        twin = StructuredLinear(self.in_features, self.out_features, self.spec, bias=False, device="meta", dtype=dtype)
+        state = {name: getattr(self, name).to(dtype) for name in self.plan.factors}
+        twin.load_state_dict(state, assign=True)
+        return twin
+
+    def extra_repr(self) -> str:
+        params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec!r}, "
+            f"bias={self.bias is not None}, params={params:,}, compute={compute:.1%}"
+        )

@@ -1,0 +1,170 @@
+"""The one operator: a binary einsum whose gradients are the same operator with the operands in other places.
+
+So forward, input gradient, weight gradient and double backward are one piece of code for every structure. It is
+registered with PyTorch as an opaque op with a shape function, so that torch.compile does not look inside; where a
+transform has to look inside (torch.func, forward-mode AD, export) the same equation runs as plain PyTorch instead.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..plan import Axes
+from . import reference
+
+_library = torch.library.Library("structlin", "DEF")
+_library.define("contract(Tensor a, Tensor b, str equation) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+_op = torch.ops.structlin.contract.default
+
+
+def contract(a: Tensor, b: Tensor, equation: str) -> Tensor:
+    """Contract two tensors over named axes, differentiably.
+
+    >>> contract(torch.ones(5, 2, 3), torch.ones(2, 4, 3), "t g k, g n k -> t g n").shape
+    torch.Size([5, 2, 4])
+
+    Args:
+        a: any float or complex tensor; its axes are named by the first operand of ``equation``.
+        b: of the dtype and device of ``a``; its axes are named by the second operand.
+        equation: ``"a axes, b axes -> result axes"``, names separated by spaces. Every axis occurs in two or three
+            of the operands. Under autocast both operands are cast as ``nn.Linear`` casts its own.
+
+    Returns:
+        A contiguous tensor with the axes of the result in the order of the equation. Differentiable twice and more;
+        complex gradients are conjugated as PyTorch does.
+
+    Raises:
+        ValueError: for operands that do not match the equation or each other.
+    """
+    a, b = _autocast(a), _autocast(b)
+    _check(a, b, equation)
+    if _seen_through():
+        return reference.contract(a, b, equation)
+    result: Tensor = _op(a, b, equation)
+    return result
+
+
+@cache
+def _parse(equation: str) -> tuple[Axes, Axes, Axes]:
+    left, arrow, c = equation.partition("->")
+    a, comma, b = left.partition(",")
+    if not (arrow and comma) or "," in b:
+        raise ValueError(f"{equation!r} is not of the form 'a axes, b axes -> result axes'")
+    operands = tuple(a.split()), tuple(b.split()), tuple(c.split())
+    for axis in dict.fromkeys(sum(operands, ())):
+        if any(operand.count(axis) > 1 for operand in operands) or sum(axis in o for o in operands) < 2:
+            raise ValueError(f"axis {axis!r} must occur once in two or three of the operands of {equation!r}")
+    return operands
+
+
+@torch.compiler.assume_constant_result  # dynamo need not trace string handling, and warns about a cache
+def parse(equation: str) -> tuple[Axes, Axes, Axes]:
+    """The axes of both operands and of the result.
+
+    Raises:
+        ValueError: when an axis does not link two or three of the operands.
+    """
+    return _parse(equation)
+
+
+def result_shape(a: Tensor, b: Tensor, equation: str) -> list[int]:
+    """Shape of the result, from those of the operands."""
+    axes_a, axes_b, axes_c = parse(equation)
+    size = dict(zip(axes_a, a.shape, strict=True)) | dict(zip(axes_b, b.shape, strict=True))
+    return [size[axis] for axis in axes_c]
+
+
+def _check(a: Tensor, b: Tensor, equation: str) -> None:
+    axes_a, axes_b, _ = parse(equation)
+    if a.dim() != len(axes_a) or b.dim() != len(axes_b):
+        raise ValueError(f"{equation!r} takes {len(axes_a)} and {len(axes_b)} axes, not {a.dim()} and {b.dim()}")
+    size = dict(zip(axes_a, a.shape, strict=True))
+    for axis, n in zip(axes_b, b.shape, strict=True):
+        if axis in size and size[axis] != n:
+            raise ValueError(f"axis {axis!r} of {equation!r} has size {size[axis]} in one operand and {n} in the other")
+    if a.dtype != b.dtype:
+        raise ValueError(f"operands have dtypes {a.dtype} and {b.dtype}; cast one, or run under torch.autocast")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    # float64 is exempt, as in autocast's own rule for nn.Linear
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+@torch.compiler.assume_constant_result  # asked while tracing, where dynamo has entered the transform as well
+def _transforming() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _seen_through() -> bool:
+    return torch.compiler.is_exporting() or _transforming()
+
+
+def _compute(a: Tensor, b: Tensor, equation: str) -> Tensor:
+    return reference.contract(a, b, equation).contiguous()
+
+
+def _fake(a: Tensor, b: Tensor, equation: str) -> Tensor:
+    return a.new_empty(result_shape(a, b, equation))
+
+
+def _below_autograd(a: Tensor, b: Tensor, equation: str) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = _op(a, b, equation)
+    return result
+
+
+class _Contract(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, equation: str) -> Tensor:
+        return _below_autograd(a, b, equation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        a, b, ctx.equation = inputs
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        axes_a, axes_b, axes_c = (" ".join(axes) for axes in parse(ctx.equation))
+        dc = dc.contiguous()  # both gradients read it
+        da = _op(dc, b.conj(), f"{axes_c}, {axes_b} -> {axes_a}") if ctx.needs_input_grad[0] else None
+        db = _op(a.conj(), dc, f"{axes_a}, {axes_c} -> {axes_b}") if ctx.needs_input_grad[1] else None
+        return da, db, None
+
+
+def _autograd(a: Tensor, b: Tensor, equation: str) -> Tensor:
+    if _transforming():
+        raise NotImplementedError(
+            "the op structlin::contract has no forward-mode or functional derivative of its own; "
+            "call structlin.ops.contract, which runs as plain PyTorch there"
+        )
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        result: Tensor = _Contract.apply(a, b, equation)  # type: ignore[no-untyped-call]
+        return result
+    return _below_autograd(a, b, equation)
+
+
+_library.impl("contract", _compute, "CompositeExplicitAutograd")
+_library.impl("contract", _autograd, "Autograd")
+torch.library.register_fake("structlin::contract", _fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.structlin.contract)
+def _flops(a_shape: torch.Size, b_shape: torch.Size, equation: str, **_: Any) -> int:
+    axes_a, axes_b, _axes = parse(equation)
+    size = dict(zip(axes_a, a_shape, strict=True)) | dict(zip(axes_b, b_shape, strict=True))
+    total = 2
+    for n in size.values():
+        total *= n
+    return total

@@ -1,0 +1,36 @@
+"""DYAD (Chandy et al., 2023): a block-diagonal matrix plus one with strided blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from ..plan import Plan
+from ..spec import Spec, divide, register
+
+VARIANTS = {"it": ("k g", "g n"), "ot": ("g k", "n g"), "dt": ("k g", "n g")}
+
+
+@register("dyad")
+class Dyad(Spec):
+    """Factors ``lower`` and ``upper``, both (nblocks, out/nblocks, in/nblocks).
+
+    ``lower`` is block diagonal. ``upper`` reads its input with stride nblocks (variant "it"), writes its output with
+    stride nblocks ("ot"), or both ("dt").
+    """
+
+    nblocks: int = 4
+    variant: Literal["it", "ot", "dt"] = "it"
+
+    def plan(self, out_features: int, in_features: int) -> Plan:
+        n, k = divide("nblocks", self.nblocks, out_features=out_features, in_features=in_features)
+        x, y = VARIANTS[self.variant]
+        lower = Plan.einsum("g k, g n k -> g n", names=["lower"], g=self.nblocks, n=n, k=k)
+        upper = Plan.einsum(f"{x}, g n k -> {y}", names=["upper"], g=self.nblocks, n=n, k=k)
+        return lower + upper
+
+    @classmethod
+    def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
+        yield cls(nblocks=4, variant="it"), (24, 16)
+        yield cls(nblocks=4, variant="ot"), (24, 16)
+        yield cls(nblocks=2, variant="dt"), (16, 24)

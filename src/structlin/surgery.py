@@ -1,0 +1,182 @@
+"""Swap the linear layers of a model, in place: all that the rules name, or none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import analysis
+from .nn import StructuredLinear
+from .nn.projection import project
+from .plan import Plan
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One layer of a `Conversion`: FLOPs are forward ones per token, parameters without the bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    spec: Spec
+    params: int
+    dense_params: int
+    flops: int
+    dense_flops: int
+
+
+class Conversion(list[Swap]):
+    """The layers that `to_structured_` swapped, or would swap; prints as a table with totals."""
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "shape", "spec", "params", "of dense", "FLOPs/token", "of dense")]
+        rows += [_row(s.name, f"{s.out_features}x{s.in_features}", str(s.spec), [s]) for s in self]
+        rows += [_row("total", "", "", self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _row(name: str, shape: str, spec: str, swaps: list[Swap]) -> tuple[str, ...]:
+    params, flops = sum(s.params for s in swaps), sum(s.flops for s in swaps)
+    dense_params, dense_flops = sum(s.dense_params for s in swaps), sum(s.dense_flops for s in swaps)
+    return (
+        name, shape, spec,
+        f"{params:,}", f"{params / max(1, dense_params):.1%}",
+        f"{flops:,}", f"{flops / max(1, dense_flops):.1%}",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def to_structured_(
+    model: nn.Module,
+    rules: Mapping[str, Spec | None],
+    weights: Literal["init", "project"] = "init",
+    dry_run: bool = False,
+) -> Conversion:
+    """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
+
+    >>> to_structured_(model, {"*.mlp.*": Monarch(nblocks=4), "lm_head": None})
+
+    Args:
+        model: any module; its own root is not replaced. A layer that occurs under several names is replaced under all.
+        rules: glob over module names -> spec; the first matching glob wins, ``None`` keeps the layer dense.
+        weights: "init" draws fresh factors and a zero bias; "project" takes those nearest to the dense weight and
+            keeps the bias.
+        dry_run: check and report only.
+
+    Returns:
+        The swapped layers, with their costs beside dense ones.
+
+    Raises:
+        ValueError: one message with every problem: a shape that does not fit, a rule that matches nothing, a weight
+            that another module shares, a subclass of ``nn.Linear``, a projection that has no closed form. The model is
+            unchanged then.
+    """
+    if weights not in ("init", "project"):
+        raise ValueError(f"weights={weights!r} is unknown; allowed: 'init', 'project'")
+    names = _linears(model)
+    chosen, problems = _resolve(names, rules)
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    conversion, layers = Conversion(), {}
+    for name, spec in chosen.items():
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        where = f"{name} ({dense.out_features}x{dense.in_features})"
+        try:
+            plan = spec.plan(dense.out_features, dense.in_features)
+            _refuse(dense, owners)
+            if weights == "project":
+                layers[name] = project(plan, dense.weight)
+            conversion.append(_swap(name, dense, spec, plan))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
+    if not dry_run:
+        for swap in conversion:
+            layer = _build(model.get_submodule(swap.name), swap.spec, layers.get(swap.name))
+            for alias in names[swap.name]:
+                model.set_submodule(alias, layer)
+    return conversion
+
+
+def to_dense_(model: nn.Module) -> list[str]:
+    """Replace every `StructuredLinear` of ``model`` by the ``nn.Linear`` of the same function; returns their names."""
+    dense: dict[StructuredLinear, nn.Linear] = {}
+    replaced = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, StructuredLinear) and name:
+            if module not in dense:
+                dense[module] = module.to_dense()
+            model.set_submodule(name, dense[module])
+            replaced.append(name)
+    return replaced
+
+
+def _linears(model: nn.Module) -> dict[str, list[str]]:
+    """First name -> all names of every linear layer."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and name:
+            names.setdefault(module, []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
+def _resolve(names: dict[str, list[str]], rules: Mapping[str, Spec | None]) -> tuple[dict[str, Spec], list[str]]:
+    chosen: dict[str, Spec] = {}
+    used, problems = set(), []
+    for name, aliases in names.items():
+        globs = {next((glob for glob in rules if fnmatchcase(alias, glob)), None) for alias in aliases}
+        used |= globs
+        specs = {rules[glob] if glob is not None else None for glob in globs}
+        if len(specs) > 1:
+            problems.append(f"{', '.join(aliases)} are one layer, but the rules treat them differently")
+        elif (spec := specs.pop()) is not None:
+            chosen[name] = spec
+    problems += [f"rule {glob!r} matches no nn.Linear" for glob in rules if glob not in used]
+    return chosen, problems
+
+
+def _refuse(dense: nn.Linear, owners: Counter[int]) -> None:
+    if type(dense) is not nn.Linear:
+        raise ValueError(
+            f"is a {type(dense).__name__}, whose owner may use its weight directly; keep it by a None rule"
+        )
+    if parametrize.is_parametrized(dense):
+        raise ValueError("is parametrized; remove the parametrization first, or keep it by a None rule")
+    if any(owners[id(parameter)] > 1 for parameter in dense.parameters()):
+        raise ValueError("shares its weight with another module; untie it first, or keep it by a None rule")
+
+
+def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
+    size = dense.in_features * dense.out_features
+    return Swap(
+        name, dense.in_features, dense.out_features, spec,
+        analysis.num_params(plan), size, analysis.flops(plan), 2 * size,
+    )  # fmt: skip
+
+
+def _build(dense: nn.Module, spec: Spec, factors: dict[str, torch.Tensor] | None) -> StructuredLinear:
+    assert isinstance(dense, nn.Linear)
+    bias, weight = dense.bias, dense.weight
+    layer = StructuredLinear(
+        dense.in_features, dense.out_features, spec, bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    if factors is not None:
+        for name, value in factors.items():
+            layer.get_parameter(name).copy_(value)
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
+    for name in layer.plan.factors:
+        layer.get_parameter(name).requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
+    return layer.train(dense.training)

@@ -1,0 +1,332 @@
+"""The contract that every structure keeps, as functions: shipped, so that one defined elsewhere is held to it too.
+
+Each function in `CONTRACT` takes ``(spec, (out_features, in_features), device)`` and raises AssertionError when the
+promise is broken. A contract accepts any self-consistent matrix, so a structure also needs a test against the dense
+form that its paper writes down.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import analysis
+from .nn import StructuredLinear
+from .ops import contract, reference
+from .spec import STRUCTURES, Spec, parse
+
+Shape = tuple[int, int]
+Promise = Callable[[Spec, Shape, str], None]
+
+
+def examples() -> list[tuple[Spec, Shape]]:
+    """The example specs of every registered structure, each with a small (out_features, in_features)."""
+    return [(spec, shape) for cls in STRUCTURES.values() for spec, shape in cls.examples()]
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Relative error of ``x`` in the Frobenius norm; NaN where x has one, 0 for two empty or zero tensors."""
+    wide = torch.promote_types(exact.dtype, torch.float64)
+    x, exact = x.detach().to(wide), exact.detach().to(wide)
+    distance, size = float((x - exact).norm()), float(exact.norm())
+    return distance / size if size else distance
+
+
+def assert_close(x: Tensor, exact: Tensor, tolerance: float = 1e-10) -> None:
+    """Same shape, and a relative error of at most ``tolerance``."""
+    if x.shape != exact.shape:
+        raise AssertionError(f"shape {tuple(x.shape)} instead of {tuple(exact.shape)}")
+    if not (found := error(x, exact)) <= tolerance:
+        raise AssertionError(f"relative error {found:.1e} exceeds {tolerance:.1e}")
+
+
+def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
+    """Our error against float64 is at most ``factor`` times that of plain PyTorch in the same dtype."""
+    if ours.dtype != plain.dtype:
+        raise AssertionError(f"dtype {ours.dtype} instead of {plain.dtype}")
+    # two roundings of the result are allowed where plain PyTorch happens to be exact
+    assert_close(ours, exact, factor * error(plain, exact) + 2 * torch.finfo(plain.dtype).eps)
+
+
+def make(
+    spec: Spec, shape: Shape, device: str, dtype: torch.dtype = torch.float64, bias: bool = True
+) -> StructuredLinear:
+    """A seeded layer with a bias that is not zero."""
+    torch.manual_seed(0)
+    layer = StructuredLinear(shape[1], shape[0], spec, bias=bias, dtype=dtype).to(device)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def inputs(layer: StructuredLinear, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Seeded random input of shape (*leading, in_features)."""
+    factor = next(layer.parameters())
+    torch.manual_seed(1)
+    return torch.randn(*leading, layer.in_features, dtype=dtype or factor.dtype).to(factor.device)
+
+
+def plain(layer: StructuredLinear, x: Tensor) -> Tensor:
+    """The layer straight from its plan, by einsum: what it has to equal, with nothing of how it runs."""
+    tokens = x.reshape(-1, layer.in_features)
+    total = layer.bias if layer.bias is not None else tokens.new_zeros(())
+    for term in layer.plan.terms:
+        z = tokens.reshape(-1, *layer.plan.shape(term.x))
+        for name, step in zip(term.names, term.steps, strict=True):
+            z = reference.contract(z, getattr(layer, name), step.equation)
+        total = total + z.reshape(-1, layer.out_features)
+    return total.reshape(*x.shape[:-1], layer.out_features)
+
+
+def is_the_matrix_it_says(spec: Spec, shape: Shape, device: str) -> None:
+    """The forward pass is a product with `to_dense`, and both are what the plan says."""
+    layer = make(spec, shape, device)
+    x = inputs(layer, 3, 7)
+    assert_close(layer(x), plain(layer, x))
+    assert_close(layer(x), layer.to_dense()(x))
+
+
+def takes_any_batch(spec: Spec, shape: Shape, device: str) -> None:
+    """Any leading shape, no token, one, an odd number, and inputs that are not contiguous."""
+    layer = make(spec, shape, device)
+    for leading in ((), (0,), (1,), (13,), (2, 0, 3), (2, 3, 5)):
+        x = inputs(layer, *leading)
+        assert_close(layer(x), plain(layer, x))
+    x = inputs(layer, 6, 5).transpose(0, 1)
+    assert_close(layer(x), plain(layer, x))
+    empty = inputs(layer, 0).requires_grad_()
+    layer(empty).sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is None or parameter.grad.abs().sum() != 0:
+            raise AssertionError(f"the gradient of {name} for no tokens is not zero")
+
+
+def refuses_a_wrong_width(spec: Spec, shape: Shape, device: str) -> None:
+    """One feature more or less, or none, is an error."""
+    layer = make(spec, shape, device)
+    for x in (inputs(layer, 3)[:, 1:], torch.cat([inputs(layer, 3)] * 2, -1), inputs(layer, 3)[0, 0]):
+        try:
+            layer(x)
+        except ValueError as refusal:
+            if str(layer.in_features) not in str(refusal):
+                raise AssertionError("the error does not name in_features") from refusal
+        else:
+            raise AssertionError(f"an input of shape {tuple(x.shape)} was accepted")
+
+
+def _functional(layer: StructuredLinear) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+        return result
+
+    return run, tuple(layer.parameters())
+
+
+def has_right_gradients(spec: Spec, shape: Shape, device: str) -> None:
+    """First and second derivatives in input and parameters, real and complex."""
+    for dtype in (torch.float64, torch.complex128):
+        layer = make(spec, shape, device, dtype)
+        run, parameters = _functional(layer)
+        x = inputs(layer, 3).requires_grad_()
+        if not torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True):
+            raise AssertionError("gradcheck failed")
+        if not torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True):
+            raise AssertionError("gradgradcheck failed")
+
+
+def works_under_transforms(spec: Spec, shape: Shape, device: str) -> None:
+    """torch.func.grad, vjp, jvp and vmap, and forward-mode AD, agree with plain PyTorch."""
+    layer = make(spec, shape, device)
+    run, parameters = _functional(layer)
+    x, dx = inputs(layer, 3), inputs(layer, 3).flip(0)
+    dense, bias = layer.to_dense().weight.detach(), parameters[-1]
+
+    def loss(parameters: tuple[Tensor, ...]) -> Tensor:
+        return run(x, *parameters).square().sum()
+
+    for ours, theirs in zip(
+        torch.func.grad(loss)(parameters), torch.autograd.grad(loss(parameters), parameters), strict=True
+    ):
+        assert_close(ours, theirs)
+    y, dy = torch.func.jvp(lambda x: run(x, *parameters), (x,), (dx,))  # type: ignore[misc]
+    assert_close(y, x @ dense.T + bias)
+    assert_close(dy, dx @ dense.T)
+    assert_close(torch.func.vjp(lambda x: run(x, *parameters), x)[1](y)[0], y @ dense)
+    assert_close(torch.vmap(lambda row: run(row, *parameters))(x), x @ dense.T + bias)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, dx)
+        assert_close(torch.autograd.forward_ad.unpack_dual(run(dual, *parameters)).tangent, dx @ dense.T)
+
+
+def costs_what_it_says(spec: Spec, shape: Shape, device: str) -> None:
+    """Parameters and FLOPs of the plan are those that PyTorch counts."""
+    layer, tokens = make(spec, shape, device, bias=False), 7
+    x = inputs(layer, tokens)
+    for run in (lambda: layer(x), lambda: plain(layer, x)):
+        with FlopCounterMode(display=False) as counted:
+            run()
+        if counted.get_total_flops() != tokens * analysis.flops(layer.plan):
+            raise AssertionError(
+                f"{counted.get_total_flops()} FLOPs counted, {analysis.flops(layer.plan)} per token said"
+            )
+    if sum(p.numel() for p in layer.parameters()) != analysis.num_params(layer.plan):
+        raise AssertionError("num_params is not the number of elements")
+
+
+def has_the_rank_it_says(spec: Spec, shape: Shape, device: str) -> None:
+    """Random factors reach the rank bound."""
+    layer = make(spec, shape, device)
+    rank = torch.linalg.matrix_rank(layer.to_dense().weight).item()
+    if rank != analysis.rank_bound(layer.plan):
+        raise AssertionError(f"rank {rank}, rank_bound says {analysis.rank_bound(layer.plan)}")
+
+
+def starts_at_spectral_scale(spec: Spec, shape: Shape, device: str) -> None:
+    """Every factor's standard deviation is the spectral one, measured on a layer eight times as wide where it fits."""
+    out_features, in_features = shape
+    try:
+        plan = spec.plan(64 * out_features, 64 * in_features)
+    except ValueError:
+        return
+    layer = make(spec, (64 * out_features, 64 * in_features), device)
+    for name in plan.factors:
+        fan_in, fan_out = analysis.fan(plan, name)
+        wanted = (min(1, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5
+        factor = layer.get_parameter(name)
+        slack = 4 / factor.numel() ** 0.5  # four standard errors of a standard deviation, and more
+        if not abs(factor.std().item() / wanted - 1) < slack:
+            raise AssertionError(f"{name} has standard deviation {factor.std().item():.3g}, not {wanted:.3g}")
+
+
+def survives_json(spec: Spec, shape: Shape, device: str) -> None:
+    """Through JSON, and through the text of the command line."""
+    if Spec.from_dict(json.loads(json.dumps(spec.to_dict()))) != spec or parse(str(spec)) != spec:
+        raise AssertionError(f"{spec!r} does not survive")
+
+
+def compiles_whole(spec: Spec, shape: Shape, device: str) -> None:
+    """torch.compile(fullgraph=True) gives the same output and gradients."""
+    layer = make(spec, shape, device)
+    x = inputs(layer, 5).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
+    found = torch.autograd.grad(compiled(x).square().sum(), (x, *layer.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+def exports(spec: Spec, shape: Shape, device: str) -> None:
+    """torch.export gives a program of plain PyTorch operations, for any number of tokens."""
+    layer = make(spec, shape, device)
+    tokens = torch.export.Dim("tokens", min=2)
+    program = torch.export.export(layer, (inputs(layer, 5),), dynamic_shapes={"x": {0: tokens}})
+    own = [str(node.target) for node in program.graph.nodes if "structlin" in str(node.target)]
+    if own:
+        raise AssertionError(f"the exported program calls {own}")
+    x = inputs(layer, 9)
+    assert_close(program.module()(x), layer(x))
+
+
+def keeps_its_state(spec: Spec, shape: Shape, device: str) -> None:
+    """state_dict through a layer on the meta device, deepcopy, and reset_parameters over all of the memory."""
+    layer = make(spec, shape, device)
+    x = inputs(layer, 5)
+    other = StructuredLinear(shape[1], shape[0], spec, device="meta", dtype=torch.float64)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert_close(other(x), layer(x), 0)
+    assert_close(copy.deepcopy(layer)(x), layer(x), 0)
+    for name, parameter in layer.named_parameters():
+        if not parameter.is_contiguous() or parameter.dim() < 1:
+            raise AssertionError(f"{name} is not a contiguous tensor of one or more dimensions")
+        nn.init.constant_(parameter, float("nan"))
+    layer.reset_parameters()
+    if not all(torch.isfinite(parameter).all() for parameter in layer.parameters()):
+        raise AssertionError("reset_parameters leaves memory as it was")
+
+
+def is_accurate(spec: Spec, shape: Shape, device: str) -> None:
+    """Outputs and gradients in half, single and double precision lose at most twice what plain PyTorch loses."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        layer = make(spec, shape, device, dtype)
+        exact = make(spec, shape, device)
+        exact.load_state_dict(layer.state_dict())
+        x = inputs(layer, 33)
+        dy = torch.randn(33, layer.out_features).to(x)
+
+        def run(f: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
+            x = x.detach().requires_grad_()
+            y = f(x)
+            return [y, *torch.autograd.grad(y, (x, *weights), dy)]
+
+        weights = list(layer.parameters())
+        ours, theirs = run(layer, x, dy, weights), run(lambda x, layer=layer: plain(layer, x), x, dy, weights)  # type: ignore[misc]
+        truth = run(lambda x, exact=exact: plain(exact, x), x.double(), dy.double(), list(exact.parameters()))  # type: ignore[misc]
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            assert_as_accurate(a, b, c)
+
+
+def casts_as_linear_does(spec: Spec, shape: Shape, device: str) -> None:
+    """Under autocast the output has nn.Linear's dtype, float64 included, and parameters get gradients of their own."""
+    for dtype in (torch.float32, torch.float64):
+        layer, linear = make(spec, shape, device, dtype), nn.Linear(shape[1], shape[0], dtype=dtype, device=device)
+        x = inputs(layer, 5)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            y, wanted = layer(x), linear(x)
+        if y.dtype != wanted.dtype:
+            raise AssertionError(f"{y.dtype} under autocast, nn.Linear gives {wanted.dtype}")
+        assert_close(y, layer(x), 0.05)
+        y.sum().backward()
+        if any(p.grad is None or p.grad.dtype != dtype for p in layer.parameters()):
+            raise AssertionError("a parameter has no gradient of its own dtype")
+
+
+def passes_opcheck(spec: Spec, shape: Shape, device: str) -> None:
+    """PyTorch's own checks of a custom op, on every contraction of the plan."""
+    layer = make(spec, shape, device)
+    for name, (_, step) in layer.plan.factors.items():
+        z = torch.randn(3, *layer.plan.shape(step.x), dtype=torch.float64, device=device).requires_grad_()
+        torch.library.opcheck(torch.ops.structlin.contract.default, (z, layer.get_parameter(name), step.equation))
+        assert_close(
+            contract(z, layer.get_parameter(name), step.equation),
+            reference.contract(z, layer.get_parameter(name), step.equation),
+        )
+
+
+CONTRACT: tuple[Promise, ...] = (
+    is_the_matrix_it_says,
+    takes_any_batch,
+    refuses_a_wrong_width,
+    has_right_gradients,
+    works_under_transforms,
+    costs_what_it_says,
+    has_the_rank_it_says,
+    starts_at_spectral_scale,
+    survives_json,
+    compiles_whole,
+    exports,
+    keeps_its_state,
+    is_accurate,
+    casts_as_linear_does,
+    passes_opcheck,
+)
+
+
+def check(spec: Spec, shape: Shape, device: str = "cpu") -> None:
+    """Hold one spec at one (out_features, in_features) to the whole contract.
+
+    Raises:
+        AssertionError: naming the first promise that it breaks.
+    """
+    for promise in CONTRACT:
+        try:
+            promise(spec, shape, device)
+        except AssertionError as broken:
+            raise AssertionError(f"{spec} at {shape[0]}x{shape[1]}: {promise.__name__}: {broken}") from broken
