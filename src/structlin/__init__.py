@@ -2,7 +2,7 @@
 
 from . import analysis, spec, testing
 from .checkpoint import load, save
-from .nn import StructuredLinear, project
+from .nn import StructuredLinear, explain, project
 from .optim import param_groups
 from .plan import Plan
 from .spec import STRUCTURES, Spec, register
@@ -24,6 +24,7 @@ __all__ = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "explain",
     "load",
     "param_groups",
     "project",

@@ -49,8 +49,9 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, factor: float
     """Our error against float64 is at most ``factor`` times that of plain PyTorch in the same dtype."""
     if ours.dtype != plain.dtype:
         raise AssertionError(f"dtype {ours.dtype} instead of {plain.dtype}")
-    # two roundings of the result are allowed where plain PyTorch happens to be exact
-    assert_close(ours, exact, factor * error(plain, exact) + 2 * torch.finfo(plain.dtype).eps)
+    # two roundings are allowed where plain PyTorch happens to be exact; float64 has nothing wider to be judged by
+    slack = 100 if plain.dtype in (torch.float64, torch.complex128) else 2
+    assert_close(ours, exact, factor * error(plain, exact) + slack * torch.finfo(plain.dtype).eps)
 
 
 def make(

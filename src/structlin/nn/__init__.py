@@ -1,6 +1,7 @@
 """The layer, its initialisation, and the projection of dense weights onto it."""
 
+from .explain import explain
 from .linear import StructuredLinear
 from .projection import project
 
-__all__ = ["StructuredLinear", "project"]
+__all__ = ["StructuredLinear", "explain", "project"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import analysis
-from ..ops import contract
-from ..ops.lowering import lower
+from ..ops import BACKENDS, contract
+from ..ops.lowering import Chain, literal, lower
 from ..plan import Plan
 from ..spec import Spec
 
@@ -27,6 +30,8 @@ class StructuredLinear(nn.Module):
         bias: whether to add a learnable bias of shape (out_features,), zero at first.
         device: of the parameters; "meta" allocates nothing.
         dtype: of the parameters, any float or complex type.
+        backend: what runs the layer, one of `structlin.ops.BACKENDS`; "auto" follows the environment variable
+            STRUCTLIN_BACKEND where that is set. May be set at any time: ``layer.backend = "copy"``.
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
@@ -48,6 +53,7 @@ class StructuredLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1:
@@ -59,10 +65,24 @@ class StructuredLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
-        self._chains = lower(self.plan)
         self._dense = next(iter(self.plan.factors)) if self.plan.is_dense else None
+        self.backend = os.environ.get("STRUCTLIN_BACKEND", backend) if backend == "auto" else backend
         self.reset_parameters()
+
+    @property
+    def backend(self) -> str:
+        """What runs the layer: one of `structlin.ops.BACKENDS`."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
+        self._backend = name
+        self._weight: tuple[object, Tensor] | None = None
+        # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
+        self._step_backend = "bmm" if name in ("auto", "dense") else name
+        self._chains: tuple[Chain, ...] = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -80,6 +100,8 @@ class StructuredLinear(nn.Module):
             )
         if self._dense is not None:
             return F.linear(x, getattr(self, self._dense), self.bias)
+        if self._backend == "dense":
+            return F.linear(x, self._dense_weight(), self.bias)
         y = self._multiply(x.reshape(-1, self.in_features))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -93,13 +115,32 @@ class StructuredLinear(nn.Module):
             for stage in chain.stages:
                 if stage.relayout is not None:
                     z = z.permute(stage.relayout).contiguous()
-                z = contract(z, getattr(self, stage.name), stage.equation)
+                z = contract(z, getattr(self, stage.name), stage.equation, self._step_backend)
             if chain.relayout is not None:
                 z = z.permute(chain.relayout)
             z = z.reshape(-1, self.out_features)
             y = z if y is None else y + z
         assert y is not None
         return y
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; forgets the weight that the dense backend keeps."""
+        self._weight = None
+        return super().train(mode)
+
+    def _materialize(self) -> Tensor:
+        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
+        return self._multiply(torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)).T.contiguous()
+
+    def _dense_weight(self) -> Tensor:
+        """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed."""
+        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in factors):
+            return self._materialize()
+        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors]
+        if self._weight is None or self._weight[0] != key:
+            self._weight = key, self._materialize()
+        return self._weight[1]
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -111,7 +152,7 @@ class StructuredLinear(nn.Module):
         factor: Tensor = getattr(self, next(iter(self.plan.factors)))
         wide = torch.promote_types(factor.dtype, torch.float32)
         twin = self if factor.dtype == wide else self._in_dtype(wide)
-        weight = twin._multiply(torch.eye(self.in_features, device=factor.device, dtype=wide)).T
+        weight = twin._materialize()
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=factor.device, dtype=factor.dtype
         )

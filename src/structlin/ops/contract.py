@@ -7,7 +7,6 @@ transform has to look inside (torch.func, forward-mode AD, export) the same equa
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,15 +14,20 @@ import torch.autograd.forward_ad
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..plan import Axes
-from . import reference
+from . import gemm, reference
+from .equation import parse
 
 _library = torch.library.Library("structlin", "DEF")
-_library.define("contract(Tensor a, Tensor b, str equation) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+_library.define(
+    "contract(Tensor a, Tensor b, str equation, str backend='bmm') -> Tensor", tags=[torch.Tag.pt2_compliant_tag]
+)
 _op = torch.ops.structlin.contract.default
 
+STEP_BACKENDS = ("reference", "bmm", "copy")
+"""What can run one contraction: einsum; a batched GEMM in place; the same after copying every operand."""
 
-def contract(a: Tensor, b: Tensor, equation: str) -> Tensor:
+
+def contract(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
     """Contract two tensors over named axes, differentiably.
 
     >>> contract(torch.ones(5, 2, 3), torch.ones(2, 4, 3), "t g k, g n k -> t g n").shape
@@ -34,43 +38,23 @@ def contract(a: Tensor, b: Tensor, equation: str) -> Tensor:
         b: of the dtype and device of ``a``; its axes are named by the second operand.
         equation: ``"a axes, b axes -> result axes"``, names separated by spaces. Every axis occurs in two or three
             of the operands. Under autocast both operands are cast as ``nn.Linear`` casts its own.
+        backend: what runs it, one of `STEP_BACKENDS`; its gradients run there too.
 
     Returns:
         A contiguous tensor with the axes of the result in the order of the equation. Differentiable twice and more;
         complex gradients are conjugated as PyTorch does.
 
     Raises:
-        ValueError: for operands that do not match the equation or each other.
+        ValueError: for operands that do not match the equation or each other, or an unknown backend.
     """
+    if backend not in STEP_BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; allowed for one contraction: {', '.join(STEP_BACKENDS)}")
     a, b = _autocast(a), _autocast(b)
     _check(a, b, equation)
     if _seen_through():
         return reference.contract(a, b, equation)
-    result: Tensor = _op(a, b, equation)
+    result: Tensor = _op(a, b, equation, backend)
     return result
-
-
-@cache
-def _parse(equation: str) -> tuple[Axes, Axes, Axes]:
-    left, arrow, c = equation.partition("->")
-    a, comma, b = left.partition(",")
-    if not (arrow and comma) or "," in b:
-        raise ValueError(f"{equation!r} is not of the form 'a axes, b axes -> result axes'")
-    operands = tuple(a.split()), tuple(b.split()), tuple(c.split())
-    for axis in dict.fromkeys(sum(operands, ())):
-        if any(operand.count(axis) > 1 for operand in operands) or sum(axis in o for o in operands) < 2:
-            raise ValueError(f"axis {axis!r} must occur once in two or three of the operands of {equation!r}")
-    return operands
-
-
-@torch.compiler.assume_constant_result  # dynamo need not trace string handling, and warns about a cache
-def parse(equation: str) -> tuple[Axes, Axes, Axes]:
-    """The axes of both operands and of the result.
-
-    Raises:
-        ValueError: when an axis does not link two or three of the operands.
-    """
-    return _parse(equation)
 
 
 def result_shape(a: Tensor, b: Tensor, equation: str) -> list[int]:
@@ -109,50 +93,55 @@ def _seen_through() -> bool:
     return torch.compiler.is_exporting() or _transforming()
 
 
-def _compute(a: Tensor, b: Tensor, equation: str) -> Tensor:
-    return reference.contract(a, b, equation).contiguous()
+def _compute(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
+    if backend == "reference":
+        return reference.contract(a, b, equation).contiguous()
+    return gemm.contract(a.resolve_conj(), b.resolve_conj(), equation, in_place=backend == "bmm")
 
 
-def _fake(a: Tensor, b: Tensor, equation: str) -> Tensor:
+def _fake(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
     return a.new_empty(result_shape(a, b, equation))
 
 
-def _below_autograd(a: Tensor, b: Tensor, equation: str) -> Tensor:
+def _below_autograd(a: Tensor, b: Tensor, equation: str, backend: str) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _op(a, b, equation)
+        result: Tensor = _op(a, b, equation, backend)
     return result
 
 
 class _Contract(torch.autograd.Function):
     @staticmethod
-    def forward(a: Tensor, b: Tensor, equation: str) -> Tensor:
-        return _below_autograd(a, b, equation)
+    def forward(a: Tensor, b: Tensor, equation: str, backend: str) -> Tensor:
+        return _below_autograd(a, b, equation, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-        a, b, ctx.equation = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tensor) -> None:
+        a, b, ctx.equation, ctx.backend = inputs
         ctx.save_for_backward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         a, b = ctx.saved_tensors
         axes_a, axes_b, axes_c = (" ".join(axes) for axes in parse(ctx.equation))
         dc = dc.contiguous()  # both gradients read it
-        da = _op(dc, b.conj(), f"{axes_c}, {axes_b} -> {axes_a}") if ctx.needs_input_grad[0] else None
-        db = _op(a.conj(), dc, f"{axes_a}, {axes_c} -> {axes_b}") if ctx.needs_input_grad[1] else None
-        return da, db, None
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = _op(dc, b.conj(), f"{axes_c}, {axes_b} -> {axes_a}", ctx.backend)
+        if ctx.needs_input_grad[1]:
+            db = _op(a.conj(), dc, f"{axes_a}, {axes_c} -> {axes_b}", ctx.backend)
+        return da, db, None, None
 
 
-def _autograd(a: Tensor, b: Tensor, equation: str) -> Tensor:
+def _autograd(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
     if _transforming():
         raise NotImplementedError(
             "the op structlin::contract has no forward-mode or functional derivative of its own; "
             "call structlin.ops.contract, which runs as plain PyTorch there"
         )
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        result: Tensor = _Contract.apply(a, b, equation)  # type: ignore[no-untyped-call]
+        result: Tensor = _Contract.apply(a, b, equation, backend)  # type: ignore[no-untyped-call]
         return result
-    return _below_autograd(a, b, equation)
+    return _below_autograd(a, b, equation, backend)
 
 
 _library.impl("contract", _compute, "CompositeExplicitAutograd")
@@ -161,7 +150,7 @@ torch.library.register_fake("structlin::contract", _fake, lib=_library)
 
 
 @register_flop_formula(torch.ops.structlin.contract)
-def _flops(a_shape: torch.Size, b_shape: torch.Size, equation: str, **_: Any) -> int:
+def _flops(a_shape: torch.Size, b_shape: torch.Size, equation: str, *_backend: str, **_: Any) -> int:
     axes_a, axes_b, _axes = parse(equation)
     size = dict(zip(axes_a, a_shape, strict=True)) | dict(zip(axes_b, b_shape, strict=True))
     total = 2

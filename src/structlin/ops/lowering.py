@@ -39,16 +39,25 @@ def lower(plan: Plan) -> tuple[Chain, ...]:
     return tuple(_lower_term(plan, term) for term in plan.terms)
 
 
-def readable(axes: Axes, roles: tuple[Axes, ...], matrix: Axes) -> bool:
-    """Whether a contiguous tensor with these axes has one stride per role and a matrix role innermost.
+def literal(plan: Plan) -> tuple[Chain, ...]:
+    """The chains of ``plan`` as they are written, for backends that bring operands into order themselves."""
+    return tuple(
+        Chain(
+            plan.shape(term.x),
+            tuple(Stage(name, step.equation, None) for name, step in zip(term.names, term.steps, strict=True)),
+            None,
+        )
+        for term in plan.terms
+    )
 
-    ``matrix`` are the axes of the role that has to provide the unit stride; tokens provide it only when alone.
-    """
+
+def in_place(axes: Axes, roles: tuple[Axes, ...], innermost: Axes) -> bool:
+    """Whether a contiguous tensor with these axes has one stride per role and ends in an axis of ``innermost``."""
     for role in roles:
-        positions = [axes.index(axis) for axis in role]
-        if positions != list(range(positions[0], positions[0] + len(positions))) if positions else False:
+        start = axes.index(role[0]) if role else 0
+        if axes[start : start + len(role)] != role:
             return False
-    return not matrix or axes[-1] in matrix
+    return not innermost or axes[-1] in innermost
 
 
 def _lower_term(plan: Plan, term: Term) -> Chain:
@@ -57,11 +66,11 @@ def _lower_term(plan: Plan, term: Term) -> Chain:
         contract = tuple(a for a in step.w if a in step.contract)
         want = (TOKENS, *step.free, *step.group, *contract)
         relayout = None
-        if not readable(have, ((TOKENS, *step.free), step.group, contract), contract):
+        if not in_place(have, ((TOKENS, *step.free), step.group, contract), contract):
             relayout, have = _permutation(have, want), want
         native = _native(have, step)
         target = (TOKENS, *term.y)
-        if step is term.steps[-1] and readable(target, ((TOKENS, *step.free), step.group, step.out), step.out):
+        if step is term.steps[-1] and in_place(target, ((TOKENS, *step.free), step.group, step.out), step.out):
             native = target
         stages.append(Stage(name, f"{' '.join(have)}, {' '.join(step.w)} -> {' '.join(native)}", relayout))
         have = native
