@@ -37,7 +37,7 @@ def test_lowered_steps_copy_nothing(spec, shape, device):
     layer = make(spec, shape, device)
     if layer.plan.is_dense:
         return
-    for chain in layer._chains:
+    for chain in layer._program.chains:
         for stage in chain.stages:
             x_axes, w_axes, y_axes = parse(stage.equation)
             size = {"t": 5, **layer.plan.sizes}

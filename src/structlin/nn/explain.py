@@ -43,14 +43,15 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
     if layer.backend == "dense":
         return Explanation([Ran(f"dense {shape}", "linear", forced + "; the weight is kept in inference")])
     rows = Explanation()
-    for chain in layer._chains:
+    names = iter(layer.plan.factors)
+    for chain in layer._program.chains:
         for stage in chain.stages:
             if stage.relayout is not None:
                 rows.append(Ran(_order(stage.equation), "copy", "the next step cannot read it in place otherwise"))
-            rows.append(_step(layer, tokens, stage.name, stage.equation, forced))
+            rows.append(_step(layer, tokens, next(names), stage.equation, forced))
         if chain.relayout is not None:
             rows.append(Ran("order of the output features", "copy", "the last step cannot write it in place"))
-    rows += [Ran("sum of terms", "add", "")] * (len(layer._chains) - 1)
+    rows += [Ran("sum of terms", "add", "")] * (len(layer._program.chains) - 1)
     return rows
 
 

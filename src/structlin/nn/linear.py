@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import analysis
-from ..ops import BACKENDS, contract
-from ..ops.lowering import Chain, literal, lower
+from ..ops import BACKENDS, compose, multiply
+from ..ops.lowering import Program, literal, lower
 from ..plan import Plan
 from ..spec import Spec
 
@@ -82,7 +82,7 @@ class StructuredLinear(nn.Module):
         self._weight: tuple[object, Tensor] | None = None
         # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
         self._step_backend = "bmm" if name in ("auto", "dense") else name
-        self._chains: tuple[Chain, ...] = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
+        self._program: Program = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -109,19 +109,10 @@ class StructuredLinear(nn.Module):
 
     def _multiply(self, tokens: Tensor) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
-        y: Tensor | None = None
-        for chain in self._chains:
-            z = tokens.reshape(-1, *chain.view)
-            for stage in chain.stages:
-                if stage.relayout is not None:
-                    z = z.permute(stage.relayout).contiguous()
-                z = contract(z, getattr(self, stage.name), stage.equation, self._step_backend)
-            if chain.relayout is not None:
-                z = z.permute(chain.relayout)
-            z = z.reshape(-1, self.out_features)
-            y = z if y is None else y + z
-        assert y is not None
-        return y
+        factors = [getattr(self, name) for name in self.plan.factors]
+        if self._step_backend == "bmm":
+            return multiply(tokens, factors, self._program)
+        return compose(tokens, factors, self._program, self._step_backend)
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; forgets the weight that the dense backend keeps."""

@@ -49,9 +49,9 @@ def contract(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tenso
     """
     if backend not in STEP_BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; allowed for one contraction: {', '.join(STEP_BACKENDS)}")
-    a, b = _autocast(a), _autocast(b)
+    a, b = autocast(a), autocast(b)
     _check(a, b, equation)
-    if _seen_through():
+    if seen_through():
         return reference.contract(a, b, equation)
     result: Tensor = _op(a, b, equation, backend)
     return result
@@ -76,7 +76,8 @@ def _check(a: Tensor, b: Tensor, equation: str) -> None:
         raise ValueError(f"operands have dtypes {a.dtype} and {b.dtype}; cast one, or run under torch.autocast")
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast would hand it to ``nn.Linear``."""
     # float64 is exempt, as in autocast's own rule for nn.Linear
     kind = x.device.type
     if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
@@ -89,7 +90,8 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _seen_through() -> bool:
+def seen_through() -> bool:
+    """Whether a transform or an export has to look inside, so that plain PyTorch must run."""
     return torch.compiler.is_exporting() or _transforming()
 
 

@@ -5,22 +5,29 @@ place when every role is one stride in it and one of the two matrix roles is inn
 from left to right, lets each step write in its native order, and inserts a relayout, one explicit copy, only where
 the next step could not read what the last one wrote. In that order the gradients of a step read and write in place
 too, so a relayout costs one copy forward and one backward, and nothing else in a chain is ever copied.
+
+A lowered plan is a line of text, readable in a profile and hashable for a cache. The axes of the input (where the
+first step does not read them as they are), then equations, then the axes of the output (where the last step does not
+write them as they shall be); a relayout happens wherever one part writes an order and the next reads another:
+
+    a=8 b=4 c=4 d=8: t b a, b c a -> t b c; t c b, c d b -> t c d; t d c
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from ..plan import TOKENS, Axes, Plan, Step, Term
+from .equation import parse
 
 Permutation = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One contraction with the factor ``name``; ``relayout`` reorders the axes of its input first, by a copy."""
+    """One contraction with the next factor; ``relayout`` reorders the axes of its input first, by a copy."""
 
-    name: str
     equation: str
     relayout: Permutation | None
 
@@ -34,21 +41,34 @@ class Chain:
     relayout: Permutation | None
 
 
-def lower(plan: Plan) -> tuple[Chain, ...]:
-    """The chains of ``plan``, each step reading and writing in place except at its explicit relayouts."""
-    return tuple(_lower_term(plan, term) for term in plan.terms)
+@dataclass(frozen=True)
+class Program:
+    """What runs for a plan: the chains whose results are added, and the size of every axis."""
+
+    text: str
+    chains: tuple[Chain, ...]
+    sizes: dict[str, int]
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
 
-def literal(plan: Plan) -> tuple[Chain, ...]:
-    """The chains of ``plan`` as they are written, for backends that bring operands into order themselves."""
-    return tuple(
-        Chain(
-            plan.shape(term.x),
-            tuple(Stage(name, step.equation, None) for name, step in zip(term.names, term.steps, strict=True)),
-            None,
-        )
-        for term in plan.terms
-    )
+def lower(plan: Plan) -> Program:
+    """The program of ``plan`` in which every step reads and writes in place, with relayouts where it must."""
+    return program(_text(plan, [_lowered(term) for term in plan.terms]))
+
+
+def literal(plan: Plan) -> Program:
+    """The program of ``plan`` as it is written, for backends that bring operands into order themselves."""
+    return program(_text(plan, ["; ".join(step.equation for step in term.steps) for term in plan.terms]))
+
+
+@cache
+def program(text: str) -> Program:
+    """Read a line that `lower` wrote."""
+    head, _, body = text.partition(": ")
+    sizes = {axis: int(size) for axis, _, size in (part.partition("=") for part in head.split())}
+    return Program(text, tuple(_read(chain.split("; "), sizes) for chain in body.split(" + ")), sizes)
 
 
 def in_place(axes: Axes, roles: tuple[Axes, ...], innermost: Axes) -> bool:
@@ -60,21 +80,39 @@ def in_place(axes: Axes, roles: tuple[Axes, ...], innermost: Axes) -> bool:
     return not innermost or axes[-1] in innermost
 
 
-def _lower_term(plan: Plan, term: Term) -> Chain:
-    stages, have = [], (TOKENS, *term.x)
-    for name, step in zip(term.names, term.steps, strict=True):
+def _text(plan: Plan, chains: list[str]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in plan.axes) + ": " + " + ".join(chains)
+
+
+def _read(parts: list[str], sizes: dict[str, int]) -> Chain:
+    # every part is an order of axes or an equation; the first says how the input is read, the last how the output is
+    stages: list[Stage] = []
+    have = tuple(parts[0].split()) if "->" not in parts[0] else parse(parts[0])[0]
+    view = tuple(sizes[axis] for axis in have[1:])
+    for part in parts:
+        if "->" in part:
+            x, _, y = parse(part)
+            stages.append(Stage(part, _permutation(have, x)))
+            have = y
+    end = have if "->" in parts[-1] else tuple(parts[-1].split())
+    return Chain(view, tuple(stages), _permutation(have, end))
+
+
+def _lowered(term: Term) -> str:
+    parts, have, target = [], (TOKENS, *term.x), (TOKENS, *term.y)
+    for step in term.steps:
         contract = tuple(a for a in step.w if a in step.contract)
-        want = (TOKENS, *step.free, *step.group, *contract)
-        relayout = None
         if not in_place(have, ((TOKENS, *step.free), step.group, contract), contract):
-            relayout, have = _permutation(have, want), want
-        native = _native(have, step)
-        target = (TOKENS, *term.y)
+            have = (TOKENS, *step.free, *step.group, *contract)
+        wrote = _native(have, step)
         if step is term.steps[-1] and in_place(target, ((TOKENS, *step.free), step.group, step.out), step.out):
-            native = target
-        stages.append(Stage(name, f"{' '.join(have)}, {' '.join(step.w)} -> {' '.join(native)}", relayout))
-        have = native
-    return Chain(plan.shape(term.x), tuple(stages), _permutation(have, (TOKENS, *term.y)))
+            wrote = target
+        parts.append(f"{' '.join(have)}, {' '.join(step.w)} -> {' '.join(wrote)}")
+        have = wrote
+    if have != target:
+        parts.append(" ".join(target))
+    first = parse(parts[0])[0]
+    return "; ".join(parts if first == (TOKENS, *term.x) else [" ".join((TOKENS, *term.x)), *parts])
 
 
 def _native(have: Axes, step: Step) -> Axes:

@@ -1,0 +1,1 @@
+"""Triton kernels: they import torch and triton, nothing of ours, and are imported only where one is launched."""

@@ -1,0 +1,220 @@
+"""A whole layer as one differentiable operator: ``y = x W^T`` for a lowered plan.
+
+`compose` runs a program as a sequence of `contract` calls; everything that autograd, torch.func or export ask of a
+layer works there. `multiply` runs the same program as one operator with its gradients written out, because the
+sequence costs a layer about 1.5 ms of host time forward and backward, more than the arithmetic of most layers: it
+plans each GEMM once, shares every relayout between the two gradients that need it, and lets the terms of a sum
+accumulate into one result. It is registered with PyTorch, so that torch.compile does not look inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .contract import autocast, contract, seen_through
+from .equation import parse
+from .lowering import Program, program
+from .schedule import multiply_then, schedule
+
+_library = torch.library.Library("structlin", "FRAGMENT")
+for _schema in (
+    "multiply(Tensor x, Tensor[] factors, str program) -> Tensor[]",
+    "multiply_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor[] saved, str program, bool[] needed) -> Tensor[]",
+):
+    _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+_forward_op = torch.ops.structlin.multiply.default
+_backward_op = torch.ops.structlin.multiply_backward.default
+
+
+def multiply(x: Tensor, factors: Sequence[Tensor], what: Program) -> Tensor:
+    """(tokens, in_features) -> (tokens, out_features), by the program of a plan and its factors in order.
+
+    Differentiable any number of times, under autocast, torch.compile, torch.func and export.
+
+    Raises:
+        ValueError: when the input and a factor differ in dtype.
+    """
+    x, factors = autocast(x), [autocast(factor) for factor in factors]
+    for factor in factors:
+        if factor.dtype != x.dtype:
+            raise ValueError(
+                f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
+            )
+    if x.is_complex() or seen_through():
+        return compose(x, factors, what)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        result: Tensor = _forward_op(x, factors, what.text)[0]
+        return result
+    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
+        y: Tensor = _Multiply.apply(what, False, x, *factors)[0]  # type: ignore[no-untyped-call]
+        return y
+    return _forward(x, factors, what)[0]
+
+
+def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = "bmm") -> Tensor:
+    """The same as `multiply`, as a sequence of `contract` calls on ``backend``."""
+    remaining = iter(factors)
+    y: Tensor | None = None
+    for chain in what.chains:
+        z = x.reshape(-1, *chain.view)
+        for stage in chain.stages:
+            if stage.relayout is not None:
+                z = z.permute(stage.relayout).contiguous()
+            z = contract(z, next(remaining), stage.equation, backend)
+        if chain.relayout is not None:
+            z = z.permute(chain.relayout)
+        z = z.reshape(-1, prod(z.shape[1:]))
+        y = z if y is None else y + z
+    assert y is not None
+    return y
+
+
+def _forward(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor]:
+    """The result, and what its gradients need besides the input: each step's input where that is a new tensor."""
+    x, remaining = x.contiguous(), iter(factors)
+    saved: list[Tensor] = []
+    y: Tensor | None = None
+    for chain in schedule(what.text, x.shape[0]):
+        z = x if chain.before is None else chain.before.run(x)
+        for step in chain.steps:
+            if z is not x:
+                saved.append(z)
+            into = y if step is chain.steps[-1] else None
+            z = multiply_then(step.forward, step.after, z, next(remaining).contiguous(), into)
+        y = z
+    assert y is not None
+    return [y.view(x.shape[0], prod(y.shape[1:])), *saved]
+
+
+def _backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of the input and of every factor; an empty tensor where one is not needed."""
+    x, dy, kept = x.contiguous(), dy.contiguous(), iter(saved)
+    empty = dy.new_empty(0)
+    dx: Tensor | None = None
+    gradients: list[Tensor] = []
+    for chain in schedule(what.text, x.shape[0]):
+        steps, first = chain.steps, len(gradients)
+        inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(steps))]
+        undos = [chain.undo, *(step.undo for step in steps)]
+        last = undos.pop()
+        d = dy if last is None else last.run(dy)
+        found: list[Tensor] = []
+        for i in reversed(range(len(steps))):
+            found.append(steps[i].wgrad.run(inputs[i], d) if needed[1 + first + i] else empty)
+            if i or needed[0]:
+                weight = factors[first + i].contiguous()
+                d = multiply_then(steps[i].dgrad, undos[i], d, weight, None if i else dx)
+        gradients += reversed(found)
+        if needed[0]:
+            dx = d
+    return [empty if dx is None else dx.view_as(x), *gradients]
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, what: Program, opaque: bool, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.what, ctx.opaque = what, opaque
+        y, *saved = _below_autograd(x, factors, what) if opaque else _forward(x, factors, what)
+        ctx.factors = len(factors)
+        ctx.save_for_backward(x, *factors, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        return y, *saved
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_saved: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * (3 + ctx.factors)
+        x, *rest = ctx.saved_tensors
+        factors, saved = rest[: ctx.factors], rest[ctx.factors :]
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed)
+        if ctx.opaque:
+            found = _backward_op(dy, x, factors, saved, ctx.what.text, needed)
+        else:
+            found = _backward(dy, x, factors, saved, ctx.what, needed)
+        gradients: list[Tensor | None] = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
+        return None, None, *gradients
+
+
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], what: Program, needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    wanted = [tensor for tensor, need in zip((x, *factors), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(compose(x, factors, what), wanted, dy, create_graph=True))
+    return (next(found) if need else None for need in needed)
+
+
+def _below_autograd(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: list[Tensor] = _forward_op(x, factors, what.text)
+    return result
+
+
+def _autograd(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
+        return list(_Multiply.apply(program(text), True, x, *factors))  # type: ignore[no-untyped-call]
+    return _below_autograd(x, factors, program(text))
+
+
+def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+    what = program(text)
+    shapes = []
+    for chain in what.chains:
+        for i, stage in enumerate(chain.stages):
+            if i or stage.relayout is not None:
+                shapes.append([what.sizes[axis] for axis in parse(stage.equation)[0][1:]])
+        out_features = prod(what.sizes[axis] for axis in parse(chain.stages[-1].equation)[2][1:])
+    return [x.new_empty(x.shape[0], *shape) for shape in ([out_features], *shapes)]
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], text: str, needed: Sequence[bool]
+) -> list[Tensor]:
+    return [x.new_empty(t.shape if need else (0,)) for t, need in zip((x, *factors), needed, strict=True)]
+
+
+_library.impl("multiply", lambda x, factors, text: _forward(x, factors, program(text)), "CompositeExplicitAutograd")
+_library.impl("multiply", _autograd, "Autograd")
+_library.impl(
+    "multiply_backward",
+    lambda dy, x, factors, saved, text, needed: _backward(dy, x, factors, saved, program(text), needed),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake("structlin::multiply", _fake_forward, lib=_library)
+torch.library.register_fake("structlin::multiply_backward", _fake_backward, lib=_library)
+
+
+def _stage_flops(text: str, tokens: int) -> list[list[int]]:
+    """Of every stage of every chain."""
+    sizes = {"t": tokens, **program(text).sizes}
+    return [
+        [2 * prod(sizes[axis] for axis in {*parse(s.equation)[0], *parse(s.equation)[1]}) for s in chain.stages]
+        for chain in program(text).chains
+    ]
+
+
+@register_flop_formula(torch.ops.structlin.multiply)
+def _flops(x: Sequence[int], _factors: object, text: str, **_: Any) -> int:
+    return sum(map(sum, _stage_flops(text, x[0])))
+
+
+@register_flop_formula(torch.ops.structlin.multiply_backward)
+def _backward_flops(
+    _dy: object, x: Sequence[int], _factors: object, _saved: object, text: str, needed: Sequence[bool], **_: Any
+) -> int:
+    total, factor = 0, 0
+    for chain in _stage_flops(text, x[0]):
+        for i, flops in enumerate(chain):
+            factor += 1
+            total += flops * (bool(needed[factor]) + (i > 0 or needed[0]))
+    return total

@@ -1,0 +1,186 @@
+"""The GEMMs and copies of a program for a number of tokens, worked out once and then replayed.
+
+Everything that depends on shapes alone (sizes and strides of every operand, forward and in both gradients) is
+computed here, so that running a layer costs little more host time than the calls it makes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .equation import parse
+from .gemm import plan_gemm
+from .lowering import Permutation, program
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Sizes and strides of the two operands and of the result as matrices, and the shape of the result.
+
+    ``plain`` is (groups, k, n, whether k is innermost in b) where a is [t, g, k] and b one block of memory.
+    """
+
+    a: tuple[tuple[int, ...], tuple[int, ...]]
+    b: tuple[tuple[int, ...], tuple[int, ...]]
+    c: tuple[tuple[int, ...], tuple[int, ...]]
+    shape: tuple[int, ...]
+    plain: tuple[int, int, int, bool] | None
+
+    def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+        """Multiply, or add the product to ``into``."""
+        left, right = a.as_strided(*self.a), b.as_strided(*self.b)
+        result = a.new_empty(self.shape) if into is None else into
+        out = result.as_strided(*self.c)
+        if len(self.c[0]) == 2:
+            torch.mm(left, right, out=out) if into is None else torch.addmm(out, left, right, out=out)
+        else:
+            torch.bmm(left, right, out=out) if into is None else torch.baddbmm(out, left, right, out=out)
+        return result
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """A permutation of the axes of a contiguous tensor; ``swap`` is (a, b, r) where [.., a, b, r] -> [.., b, a, r]."""
+
+    shape: tuple[int, ...]
+    permutation: Permutation
+    swap: tuple[int, int, int] | None
+
+    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Copy, or add the copy to ``into``."""
+        shape = [self.shape[i] for i in self.permutation]
+        if self.swap is not None and x.is_cuda and has_triton():
+            from ..kernels.relayout import exchange
+
+            result = x.new_empty(shape) if into is None else into
+            exchange(x, result, *self.swap, add=into is not None)
+            return result
+        permuted = x.view(self.shape).permute(self.permutation)
+        return permuted.contiguous() if into is None else into.view(shape).add_(permuted)
+
+
+def multiply_then(gemm: Gemm, relayout: Relayout | None, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
+    """One GEMM and the relayout of its result, in one kernel where there is one; added to ``into`` if given."""
+    if relayout is None:
+        return gemm.run(a, b, into)
+    if into is None and gemm.plain is not None and relayout.swap is not None and _tensor_memory(a, b):
+        from ..kernels.across import across, fits
+
+        groups, k, n, k_inner = gemm.plain
+        first, second, run = relayout.swap
+        if first == groups and second * run == n and fits(k, n, run):
+            return across(a, b, groups, k, n, run, k_inner)
+    return relayout.run(gemm.run(a, b), into)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One factor: the product with it, its two gradients, and what reorders the result (``undo`` its gradient)."""
+
+    forward: Gemm
+    dgrad: Gemm
+    wgrad: Gemm
+    after: Relayout | None
+    undo: Relayout | None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One term: what reorders the input (``undo`` its gradient), then the steps."""
+
+    before: Relayout | None
+    undo: Relayout | None
+    steps: tuple[Step, ...]
+
+
+@lru_cache(maxsize=1024)
+def schedule(text: str, tokens: int) -> tuple[Sequence, ...]:
+    """Everything that the program ``text`` runs for ``tokens`` tokens."""
+    what = program(text)
+    sizes = {"t": tokens, **what.sizes}
+    sequences = []
+    for chain in what.chains:
+        equations = [parse(stage.equation) for stage in chain.stages]
+        moves = [*(stage.relayout for stage in chain.stages), chain.relayout]
+        shapes = [tuple(sizes[axis] for axis in x) for x, _, _ in equations]
+        end = tuple(sizes[axis] for axis in equations[-1][2])
+        shapes.append(tuple(end[i] for i in chain.relayout) if chain.relayout is not None else end)
+        (before, undo), *after = [_both_ways(shape, move) for shape, move in zip(shapes, moves, strict=True)]
+        gemms = [_three(x, w, y, sizes) for x, w, y in equations]
+        sequences.append(Sequence(before, undo, tuple(Step(*g, *m) for g, m in zip(gemms, after, strict=True))))
+    return tuple(sequences)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the kernels can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return has_triton() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _tensor_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.is_cuda
+        and a.dtype in (torch.bfloat16, torch.float16)
+        and a.shape[0] > 0
+        and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
+        and _is_hopper(a.device)
+    )
+
+
+def _three(
+    x: tuple[str, ...], w: tuple[str, ...], y: tuple[str, ...], sizes: dict[str, int]
+) -> tuple[Gemm, Gemm, Gemm]:
+    """Forward, gradient of the input, gradient of the factor."""
+    return _gemm(x, w, y, sizes), _gemm(y, w, x, sizes), _gemm(x, y, w, sizes)
+
+
+def _gemm(a: tuple[str, ...], b: tuple[str, ...], c: tuple[str, ...], sizes: dict[str, int]) -> Gemm:
+    equation = f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}"
+    shapes = [tuple(sizes[axis] for axis in axes) for axes in (a, b, c)]
+    strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
+    plan = plan_gemm(equation, shapes[0], strides[0], shapes[1], strides[1])
+    assert not plan.copies, f"{equation} does not run in place"
+    assert plan.a is not None
+    assert plan.b is not None
+    assert plan.c is not None
+    g, m, n, k = plan.sizes
+    first = 1 if g == 1 else 0  # a single group is a plain matrix product
+    plain = None
+    if plan.a == (k, g * k, 1) and m == sizes["t"] and plan.b in ((n * k, 1, k), (n * k, n, 1)):
+        plain = g, k, n, plan.b[1] == 1
+    return Gemm(
+        ((g, m, k)[first:], plan.a[first:]),
+        ((g, k, n)[first:], plan.b[first:]),
+        ((g, m, n)[first:], plan.c[first:]),
+        shapes[2],
+        plain,
+    )
+
+
+def _both_ways(shape: tuple[int, ...], permutation: Permutation | None) -> tuple[Relayout | None, Relayout | None]:
+    """The relayout that ends in ``shape``, and its inverse."""
+    if permutation is None:
+        return None, None
+    inverse = tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+    return _relayout(tuple(shape[i] for i in inverse), permutation), _relayout(shape, inverse)
+
+
+def _relayout(shape: tuple[int, ...], permutation: Permutation) -> Relayout:
+    moved = [i for i, j in enumerate(permutation) if i != j]
+    first, last = moved[0], moved[-1] + 1
+    split = permutation[first]
+    swap = None
+    if permutation[first:last] == (*range(split, last), *range(first, split)):
+        swap = prod(shape[first:split]), prod(shape[split:last]), prod(shape[last:])
+    return Relayout(shape, permutation, swap)
