@@ -61,8 +61,8 @@ def _tile(k: int, n: int) -> tuple[int, int, int, int]:
     """Rows, columns, warps and stages of a tile: what won most often in the measurements behind docs/log.md."""
     if n <= 64:
         return 128, 64, 4, 4
-    if n <= 128 or k < 512:
-        return 256, 128, 8, 3
+    if n <= 128 or (k < 512 and n % 128 == 0):
+        return 256, 128, 8, 4
     return 128, 256, 8, 3
 
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 8192  # elements in the registers of one program
-RUN = 64  # elements that lie together in memory on either side of a tile, where the sizes allow
+TILE = 2048  # elements in the registers of one program
+RUN = 128  # elements that lie together in memory on either side of a tile, where the sizes allow
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

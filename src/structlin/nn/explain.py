@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
-from ..ops.equation import parse
-from ..ops.gemm import plan_gemm
+import torch
+
+from ..ops.schedule import Gemm, Relayout, has_triton, schedule, store_fits, tensor_memory
 from .linear import StructuredLinear
 
 
@@ -36,44 +36,43 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be a positive whole number")
-    shape = f"{layer.out_features}x{layer.in_features}"
     forced = f"backend={layer.backend!r} was asked for"
+    dense = Ran(f"dense {layer.out_features}x{layer.in_features}", "linear", "the structure is one dense weight")
     if layer.plan.is_dense:
-        return Explanation([Ran(f"dense {shape}", "linear", "the structure is one dense weight")])
+        return Explanation([dense])
     if layer.backend == "dense":
-        return Explanation([Ran(f"dense {shape}", "linear", forced + "; the weight is kept in inference")])
+        return Explanation([Ran(dense.what, "linear", forced + "; the weight is kept in inference")])
+    if layer.backend in ("reference", "copy"):
+        runs = {"reference": "einsum", "copy": "copies and bmm"}[layer.backend]
+        equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
+        return Explanation([Ran(equation, runs, forced) for equation in equations])
+    return _lowered(layer, tokens)
+
+
+def _lowered(layer: StructuredLinear, tokens: int) -> Explanation:
+    factor = next(layer.parameters())
+    kernels = tensor_memory(factor.device, factor.dtype)
+    sequences = schedule(layer._program.text, tokens)
     rows = Explanation()
-    names = iter(layer.plan.factors)
-    for chain in layer._program.chains:
-        for stage in chain.stages:
-            if stage.relayout is not None:
-                rows.append(Ran(_order(stage.equation), "copy", "the next step cannot read it in place otherwise"))
-            rows.append(_step(layer, tokens, next(names), stage.equation, forced))
-        if chain.relayout is not None:
-            rows.append(Ran("order of the output features", "copy", "the last step cannot write it in place"))
-    rows += [Ran("sum of terms", "add", "")] * (len(layer._program.chains) - 1)
+    for chain, sequence in zip(layer._program.chains, sequences, strict=True):
+        if sequence.before is not None:
+            rows.append(_copy(sequence.before, factor.device, "the first step cannot read the input in place"))
+        for stage, step in zip(chain.stages, sequence.steps, strict=True):
+            if kernels and step.after is not None and store_fits(step.forward, step.after):
+                why = "stores its result in the order of what comes next"
+                rows.append(Ran(stage.equation, f"across kernel, {_size(step.forward)}", why))
+            else:
+                rows.append(Ran(stage.equation, _size(step.forward), "every role is one stride: in place"))
+                if step.after is not None:
+                    rows.append(_copy(step.after, factor.device, "no order serves both sides"))
     return rows
 
 
-def _order(equation: str) -> str:
-    return "reorder to " + " ".join(parse(equation)[0])
+def _size(gemm: Gemm) -> str:
+    (*group, m, k), n = gemm.a[0], gemm.b[0][-1]
+    return f"{f'bmm of {group[0]}' if group else 'mm'} {m}x{n}x{k}"
 
 
-def _step(layer: StructuredLinear, tokens: int, name: str, equation: str, forced: str) -> Ran:
-    if layer._step_backend == "reference":
-        return Ran(equation, "einsum", forced)
-    axes, _, _ = parse(equation)
-    x_shape = (tokens, *(layer.plan.sizes[axis] for axis in axes[1:]))
-    x_stride = tuple(prod(x_shape[i + 1 :]) for i in range(len(x_shape)))
-    factor = layer.get_parameter(name)
-    gemm = plan_gemm(equation, x_shape, x_stride, tuple(factor.shape), factor.stride())
-    g, m, n, k = gemm.sizes
-    runs = f"{'mm' if g == 1 else f'bmm of {g}'} {m}x{n}x{k}"
-    if layer._step_backend == "copy":
-        return Ran(equation, f"copies, {runs}", forced)
-    if gemm.copies:
-        operands = {"a": "its input", "b": "its factor", "c": "its output"}
-        return Ran(
-            equation, f"copies, {runs}", f"{', '.join(operands[c] for c in gemm.copies)}: no single stride per role"
-        )
-    return Ran(equation, runs, "every role is one stride: read and written in place")
+def _copy(relayout: Relayout, device: torch.device, why: str) -> Ran:
+    kernel = relayout.swap is not None and device.type == "cuda" and has_triton()
+    return Ran("reorder the axes", "exchange kernel" if kernel else "copy", why)

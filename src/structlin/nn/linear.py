@@ -58,6 +58,8 @@ class StructuredLinear(nn.Module):
         super().__init__()
         if in_features < 1 or out_features < 1:
             raise ValueError(f"a layer of {out_features}x{in_features} features has no weight; widths start at 1")
+        if not isinstance(spec, Spec):
+            raise ValueError(f"{spec!r} is no spec; give one, as Monarch(nblocks=4)")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.plan = spec.plan(out_features, in_features)
         for name, shape in self.plan.shapes.items():
@@ -121,7 +123,12 @@ class StructuredLinear(nn.Module):
 
     def _materialize(self) -> Tensor:
         factor: Tensor = getattr(self, next(iter(self.plan.factors)))
-        return self._multiply(torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)).T.contiguous()
+        eye = torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)
+        kind = factor.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return self._multiply(eye).T.contiguous()
+        with torch.autocast(kind, enabled=False):  # the weight is that of the factors as they are stored
+            return self._multiply(eye).T.contiguous()
 
     def _dense_weight(self) -> Tensor:
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed."""
@@ -140,15 +147,14 @@ class StructuredLinear(nn.Module):
         Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
         factors are multiplied in float32 and rounded once.
         """
-        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
-        wide = torch.promote_types(factor.dtype, torch.float32)
-        twin = self if factor.dtype == wide else self._in_dtype(wide)
-        weight = twin._materialize()
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=factor.device, dtype=factor.dtype
-        )
-        dense.weight.copy_(weight)
-        dense.weight.requires_grad_(factor.requires_grad)
+        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        device, dtype = factors[0].device, factors[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        twin = self if dtype == wide else self._in_dtype(wide)
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
+        dense.weight.copy_(twin._materialize())
+        dense.weight.requires_grad_(any(factor.requires_grad for factor in factors))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)

@@ -10,17 +10,17 @@ accumulate into one result. It is registered with PyTorch, so that torch.compile
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .contract import autocast, contract, seen_through
+from .contract import autocast, contract, refuse_transforms, seen_through
 from .equation import parse
 from .lowering import Program, program
-from .schedule import multiply_then, schedule
+from .schedule import Product, add, multiply_then, schedule
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
@@ -48,7 +48,7 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program) -> Tensor:
             )
     if x.is_complex() or seen_through():
         return compose(x, factors, what)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
         result: Tensor = _forward_op(x, factors, what.text)[0]
         return result
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
@@ -79,16 +79,18 @@ def _forward(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor
     """The result, and what its gradients need besides the input: each step's input where that is a new tensor."""
     x, remaining = x.contiguous(), iter(factors)
     saved: list[Tensor] = []
-    y: Tensor | None = None
+    products: list[Product] = []
     for chain in schedule(what.text, x.shape[0]):
         z = x if chain.before is None else chain.before.run(x)
         for step in chain.steps:
             if z is not x:
                 saved.append(z)
-            into = y if step is chain.steps[-1] else None
-            z = multiply_then(step.forward, step.after, z, next(remaining).contiguous(), into)
-        y = z
-    assert y is not None
+            weight = next(remaining).contiguous()
+            if step is chain.steps[-1]:
+                products.append(Product(step.forward, step.after, z, weight))
+            else:
+                z = multiply_then(step.forward, step.after, z, weight)
+    y = add(products)
     return [y.view(x.shape[0], prod(y.shape[1:])), *saved]
 
 
@@ -98,24 +100,23 @@ def _backward(
     """Gradients of the input and of every factor; an empty tensor where one is not needed."""
     x, dy, kept = x.contiguous(), dy.contiguous(), iter(saved)
     empty = dy.new_empty(0)
-    dx: Tensor | None = None
+    products: list[Product] = []
     gradients: list[Tensor] = []
     for chain in schedule(what.text, x.shape[0]):
         steps, first = chain.steps, len(gradients)
         inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(steps))]
-        undos = [chain.undo, *(step.undo for step in steps)]
-        last = undos.pop()
+        *undos, last = [chain.undo, *(step.undo for step in steps)]
         d = dy if last is None else last.run(dy)
         found: list[Tensor] = []
         for i in reversed(range(len(steps))):
             found.append(steps[i].wgrad.run(inputs[i], d) if needed[1 + first + i] else empty)
-            if i or needed[0]:
-                weight = factors[first + i].contiguous()
-                d = multiply_then(steps[i].dgrad, undos[i], d, weight, None if i else dx)
+            weight = factors[first + i].contiguous()
+            if i:
+                d = multiply_then(steps[i].dgrad, undos[i], d, weight)
+            elif needed[0]:
+                products.append(Product(steps[0].dgrad, undos[0], d, weight))
         gradients += reversed(found)
-        if needed[0]:
-            dx = d
-    return [empty if dx is None else dx.view_as(x), *gradients]
+    return [add(products).view_as(x) if products else empty, *gradients]
 
 
 class _Multiply(torch.autograd.Function):
@@ -131,18 +132,21 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_saved: None) -> tuple[Tensor | None, ...]:
+        count: int = ctx.factors
         if dy is None:
-            return (None,) * (3 + ctx.factors)
+            return (None,) * (3 + count)
         x, *rest = ctx.saved_tensors
-        factors, saved = rest[: ctx.factors], rest[ctx.factors :]
+        factors, saved = rest[:count], rest[count:]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed)
+            return (None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed))
         if ctx.opaque:
-            found = _backward_op(dy, x, factors, saved, ctx.what.text, needed)
+            found: list[Tensor] = _backward_op(dy, x, factors, saved, ctx.what.text, needed)
         else:
             found = _backward(dy, x, factors, saved, ctx.what, needed)
-        gradients: list[Tensor | None] = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
+        gradients: list[Tensor | None] = [
+            gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)
+        ]
         return None, None, *gradients
 
 
@@ -161,12 +165,14 @@ def _below_autograd(x: Tensor, factors: Sequence[Tensor], what: Program) -> list
 
 
 def _autograd(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+    refuse_transforms("multiply")
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         return list(_Multiply.apply(program(text), True, x, *factors))  # type: ignore[no-untyped-call]
     return _below_autograd(x, factors, program(text))
 
 
 def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+    _register_flops()
     what = program(text)
     shapes = []
     for chain in what.chains:
@@ -183,13 +189,35 @@ def _fake_backward(
     return [x.new_empty(t.shape if need else (0,)) for t, need in zip((x, *factors), needed, strict=True)]
 
 
-_library.impl("multiply", lambda x, factors, text: _forward(x, factors, program(text)), "CompositeExplicitAutograd")
+def _compute(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+    what = program(text)
+    wanted: list[tuple[int, ...]] = [(x.shape[0], prod(what.chains[0].view))]
+    wanted += [tuple(what.sizes[a] for a in parse(s.equation)[1]) for chain in what.chains for s in chain.stages]
+    given = [tuple(tensor.shape) for tensor in (x, *factors)]
+    if given != wanted:
+        raise ValueError(f"{text!r} takes an input and factors of shapes {wanted}, not {given}")
+    return _forward(x, factors, what)
+
+
+def _compute_backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], text: str, needed: Sequence[bool]
+) -> list[Tensor]:
+    return _backward(dy, x, factors, saved, program(text), needed)
+
+
+def _autograd_backward(
+    dy: Tensor, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], text: str, needed: Sequence[bool]
+) -> list[Tensor]:
+    refuse_transforms("multiply_backward")
+    with torch._C._AutoDispatchBelowAutograd():
+        result: list[Tensor] = _backward_op(dy, x, factors, saved, text, needed)
+    return result
+
+
+_library.impl("multiply", _compute, "CompositeExplicitAutograd")
 _library.impl("multiply", _autograd, "Autograd")
-_library.impl(
-    "multiply_backward",
-    lambda dy, x, factors, saved, text, needed: _backward(dy, x, factors, saved, program(text), needed),
-    "CompositeExplicitAutograd",
-)
+_library.impl("multiply_backward", _compute_backward, "CompositeExplicitAutograd")
+_library.impl("multiply_backward", _autograd_backward, "Autograd")
 torch.library.register_fake("structlin::multiply", _fake_forward, lib=_library)
 torch.library.register_fake("structlin::multiply_backward", _fake_backward, lib=_library)
 
@@ -203,12 +231,19 @@ def _stage_flops(text: str, tokens: int) -> list[list[int]]:
     ]
 
 
-@register_flop_formula(torch.ops.structlin.multiply)
+@cache
+def _register_flops() -> None:
+    # on first tracing, as the counter takes long to import; outside compiled code it counts plain PyTorch
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.structlin.multiply)(_flops)
+    register_flop_formula(torch.ops.structlin.multiply_backward)(_backward_flops)
+
+
 def _flops(x: Sequence[int], _factors: object, text: str, **_: Any) -> int:
     return sum(map(sum, _stage_flops(text, x[0])))
 
 
-@register_flop_formula(torch.ops.structlin.multiply_backward)
 def _backward_flops(
     _dy: object, x: Sequence[int], _factors: object, _saved: object, text: str, needed: Sequence[bool], **_: Any
 ) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import gemm, reference
-from .equation import parse
+from .equation import constant_when_traced, parse
 
 _library = torch.library.Library("structlin", "DEF")
 _library.define(
@@ -47,10 +46,8 @@ def contract(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tenso
     Raises:
         ValueError: for operands that do not match the equation or each other, or an unknown backend.
     """
-    if backend not in STEP_BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; allowed for one contraction: {', '.join(STEP_BACKENDS)}")
     a, b = autocast(a), autocast(b)
-    _check(a, b, equation)
+    _check(a, b, equation, backend)
     if seen_through():
         return reference.contract(a, b, equation)
     result: Tensor = _op(a, b, equation, backend)
@@ -64,7 +61,9 @@ def result_shape(a: Tensor, b: Tensor, equation: str) -> list[int]:
     return [size[axis] for axis in axes_c]
 
 
-def _check(a: Tensor, b: Tensor, equation: str) -> None:
+def _check(a: Tensor, b: Tensor, equation: str, backend: str) -> None:
+    if backend not in STEP_BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; allowed for one contraction: {', '.join(STEP_BACKENDS)}")
     axes_a, axes_b, _ = parse(equation)
     if a.dim() != len(axes_a) or b.dim() != len(axes_b):
         raise ValueError(f"{equation!r} takes {len(axes_a)} and {len(axes_b)} axes, not {a.dim()} and {b.dim()}")
@@ -80,22 +79,37 @@ def autocast(x: Tensor) -> Tensor:
     """``x`` as autocast would hand it to ``nn.Linear``."""
     # float64 is exempt, as in autocast's own rule for nn.Linear
     kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    if torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
 
-@torch.compiler.assume_constant_result  # asked while tracing, where dynamo has entered the transform as well
+@constant_when_traced  # asked while tracing, where dynamo has entered the transform as well
 def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def seen_through() -> bool:
     """Whether a transform or an export has to look inside, so that plain PyTorch must run."""
-    return torch.compiler.is_exporting() or _transforming()
+    if torch.compiler.is_exporting() or _transforming():
+        return True
+    # a mode that watches operations, such as a counter of FLOPs or a tracer, knows PyTorch's own
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise where an op of ours would otherwise return a zero tangent, or none."""
+    if _transforming():
+        raise NotImplementedError(
+            f"the op structlin::{name} has no forward-mode or functional derivative of its own; "
+            f"call structlin.ops.{name.removesuffix('_backward')}, which runs as plain PyTorch there"
+        )
 
 
 def _compute(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
+    _check(a, b, equation, backend)
     if backend == "reference":
         return reference.contract(a, b, equation).contiguous()
     return gemm.contract(a.resolve_conj(), b.resolve_conj(), equation, in_place=backend == "bmm")
@@ -135,11 +149,7 @@ class _Contract(torch.autograd.Function):
 
 
 def _autograd(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
-    if _transforming():
-        raise NotImplementedError(
-            "the op structlin::contract has no forward-mode or functional derivative of its own; "
-            "call structlin.ops.contract, which runs as plain PyTorch there"
-        )
+    refuse_transforms("contract")
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _Contract.apply(a, b, equation, backend)  # type: ignore[no-untyped-call]
         return result
@@ -149,13 +159,3 @@ def _autograd(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tens
 _library.impl("contract", _compute, "CompositeExplicitAutograd")
 _library.impl("contract", _autograd, "Autograd")
 torch.library.register_fake("structlin::contract", _fake, lib=_library)
-
-
-@register_flop_formula(torch.ops.structlin.contract)
-def _flops(a_shape: torch.Size, b_shape: torch.Size, equation: str, *_backend: str, **_: Any) -> int:
-    axes_a, axes_b, _axes = parse(equation)
-    size = dict(zip(axes_a, a_shape, strict=True)) | dict(zip(axes_b, b_shape, strict=True))
-    total = 2
-    for n in size.values():
-        total *= n
-    return total

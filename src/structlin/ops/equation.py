@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-
-import torch
+from typing import TypeVar
 
 from ..plan import Axes
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """Have torch.compile call ``function`` once and keep its result, instead of tracing it.
+
+    As ``torch.compiler.assume_constant_result``, which costs two seconds where nothing is compiled: it imports the
+    compiler to set this attribute.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @cache
@@ -22,7 +34,7 @@ def _parse(equation: str) -> tuple[Axes, Axes, Axes]:
     return operands
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace string handling, and warns about a cache
+@constant_when_traced  # dynamo need not trace string handling, and warns about a cache
 def parse(equation: str) -> tuple[Axes, Axes, Axes]:
     """The axes of both operands and of the result.
 

@@ -67,9 +67,9 @@ def plan_gemm(
 
     c_shape = [size[x] for x in axes_c]
     c_stride = [prod(c_shape[i + 1 :]) for i in range(len(c_shape))]
-    sizes = tuple(prod(size[x] for x in role) for role in (group, m, n, k))
+    g_size, m_size, n_size, k_size = (prod(size[x] for x in role) for role in (group, m, n, k))
     return Gemm(
-        sizes,
+        (g_size, m_size, n_size, k_size),
         (group, m, n, k),
         view(axes_a, a_stride, group, m, k),
         view(axes_b, b_stride, group, k, n),

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .equation import constant_when_traced
+
 
 @cache
 def _letters(equation: str) -> str:
@@ -19,7 +21,7 @@ def _letters(equation: str) -> str:
     return re.sub(r"\w+", lambda axis: letter[axis[0]], equation).replace(" ", "")
 
 
-@torch.compiler.assume_constant_result  # dynamo neither traces regular expressions nor likes a cache
+@constant_when_traced  # dynamo neither traces regular expressions nor likes a cache
 def letters(equation: str) -> str:
     """The equation with one letter per axis, as einsum wants it: ``"t k i, k r i -> t k r"`` is ``"abc,bdc->abd"``."""
     return _letters(equation)

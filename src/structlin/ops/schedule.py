@@ -65,18 +65,57 @@ class Relayout:
         return permuted.contiguous() if into is None else into.view(shape).add_(permuted)
 
 
-def multiply_then(gemm: Gemm, relayout: Relayout | None, a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Product:
+    """A GEMM, its operands, and the relayout of its result: what is left to do for one term of a sum."""
+
+    gemm: Gemm
+    relayout: Relayout | None
+    a: Tensor
+    b: Tensor
+
+
+def add(products: list[Product]) -> Tensor:
+    """The sum of products of one shape, each added to what is there."""
+    total: Tensor | None = None
+    for product in products:
+        total = multiply_then(product.gemm, product.relayout, product.a, product.b, total)
+    assert total is not None
+    return total
+
+
+def multiply_then(gemm: Gemm, relayout: Relayout | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """One GEMM and the relayout of its result, in one kernel where there is one; added to ``into`` if given."""
     if relayout is None:
         return gemm.run(a, b, into)
-    if into is None and gemm.plain is not None and relayout.swap is not None and _tensor_memory(a, b):
-        from ..kernels.across import across, fits
+    if into is None and tensor_memory(a.device, a.dtype) and store_fits(gemm, relayout) and _aligned(a, b):
+        from ..kernels.across import across
 
+        assert relayout.swap is not None
+        assert gemm.plain is not None
         groups, k, n, k_inner = gemm.plain
-        first, second, run = relayout.swap
-        if first == groups and second * run == n and fits(k, n, run):
-            return across(a, b, groups, k, n, run, k_inner)
+        return across(a, b, groups, k, n, relayout.swap[2], k_inner)
     return relayout.run(gemm.run(a, b), into)
+
+
+def store_fits(gemm: Gemm, relayout: Relayout | None) -> bool:
+    """Whether the kernel that stores across can write what ``relayout`` would make of the result."""
+    if gemm.plain is None or relayout is None or relayout.swap is None or not has_triton():
+        return False
+    from ..kernels.across import fits
+
+    groups, k, n, _ = gemm.plain
+    first, second, run = relayout.swap
+    return first == groups and second * run == n and fits(k, n, run)
+
+
+def tensor_memory(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels for the tensor memory accelerator run: Triton, half precision, compute capability 9 or more."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
+
+
+def _aligned(a: Tensor, b: Tensor) -> bool:
+    return a.shape[0] > 0 and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -126,16 +165,6 @@ def has_triton() -> bool:
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return has_triton() and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _tensor_memory(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.is_cuda
-        and a.dtype in (torch.bfloat16, torch.float16)
-        and a.shape[0] > 0
-        and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
-        and _is_hopper(a.device)
-    )
 
 
 def _three(
