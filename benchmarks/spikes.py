@@ -4,8 +4,8 @@
 
 S1 a step that stores across, by GEMM and copy or by one kernel; S2 copies with short runs; S3 weight gradients with
 many tokens; S4 tiny blocks; S5 DYAD's two terms; S6 host time of one operator and of whole layers; S7 keeping
-intermediates or recomputing them. docs/log.md says what was concluded. Needs a CUDA device of compute capability 9 or more; times are
-medians in ms, of CUDA graphs where the host would be in the way.
+intermediates or recomputing them. docs/log.md says what was concluded. Needs a CUDA device of compute capability 9 or
+more; times are medians in ms, of CUDA graphs where the host would be in the way.
 """
 
 from __future__ import annotations

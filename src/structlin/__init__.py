@@ -1,24 +1,17 @@
 """Structured linear layers for PyTorch that make their saved FLOPs pay."""
 
-from . import analysis, spec, testing
+from . import analysis, spec, structures, testing
 from .checkpoint import load, save
 from .nn import StructuredLinear, explain, project
 from .optim import param_groups
 from .plan import Plan
 from .spec import STRUCTURES, Spec, register
-from .structures import BTT, BlockDiagonal, Dense, Dyad, Kronecker, LowRank, Monarch
+from .structures import *  # noqa: F403, each structure is named once, there
 from .surgery import to_dense_, to_structured_
 from .version import __version__
 
 __all__ = [
-    "BTT",
     "STRUCTURES",
-    "BlockDiagonal",
-    "Dense",
-    "Dyad",
-    "Kronecker",
-    "LowRank",
-    "Monarch",
     "Plan",
     "Spec",
     "StructuredLinear",
@@ -34,4 +27,5 @@ __all__ = [
     "testing",
     "to_dense_",
     "to_structured_",
+    *structures.__all__,
 ]

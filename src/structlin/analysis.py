@@ -3,7 +3,10 @@ by the thousand without building one. If a fact can be read off the plan it is w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
+from math import log
+from typing import NamedTuple
 
 from .plan import Plan, Step, Term
 
@@ -57,6 +60,48 @@ def rank_bound(plan: Plan) -> int:
         return min(best)
 
     return min(plan.in_features, plan.out_features, sum(map(cut, plan.terms)))
+
+
+class Taxonomy(NamedTuple):
+    """Exponents of the taxonomy of Potapczynski et al. 2024 (section 3), in the width d of the matrix.
+
+    Attributes:
+        omega: parameter sharing, params ~ FLOPs / d**omega; 0 when every weight is used once per token.
+        psi: rank ~ d**psi; 1 is full rank.
+        nu: compute, FLOPs ~ d**(1 + nu); 1 is that of a dense matrix.
+    """
+
+    omega: float
+    psi: float
+    nu: float
+
+
+def taxonomy(plan: Plan) -> Taxonomy:
+    """Where a matrix stands in the taxonomy, read off its sizes: the exponents of its largest step and factor.
+
+    The width is the geometric mean of both widths. For plans whose sizes are powers of the width these are the
+    exponents of the family; otherwise constant factors show, as the 1/4 of a block-diagonal matrix of four blocks.
+    """
+    width = (plan.in_features * plan.out_features) ** 0.5
+    if width == 1:
+        return Taxonomy(0.0, 1.0, 1.0)
+    steps = [step for term in plan.terms for step in term.steps]
+    uses = max(plan.size({*step.x, *step.w}) for step in steps)
+    weights = max(plan.size(step.w) for step in steps)
+    return Taxonomy(log(uses / weights, width), log(rank_bound(plan), width), log(uses, width) - 1)
+
+
+def taxonomy_of_theta(theta: Sequence[float]) -> Taxonomy:
+    """The exponents of a point ``(alpha, beta, gamma, delta, epsilon, phi, rho)`` of the space of einsums.
+
+    ``omega = min(alpha + delta, beta + epsilon) - min(alpha, epsilon)``, ``psi = 1 + min(0, 1 + rho - alpha -
+    epsilon)``, ``nu = 1 + rho - min(alpha, epsilon)`` (Potapczynski et al. 2024, section 3). Where min(alpha, epsilon)
+    is below min(beta, delta), points that the paper leaves out as redundant, psi is only a bound.
+    """
+    alpha, beta, _, delta, epsilon, _, rho = theta
+    smaller = min(alpha, epsilon)
+    omega = min(alpha + delta, beta + epsilon) - smaller
+    return Taxonomy(omega, 1 + min(0.0, 1 + rho - alpha - epsilon), 1 + rho - smaller)
 
 
 def fan(plan: Plan, name: str) -> tuple[int, int]:

@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,40 +36,42 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Tensors that several names share are stored once.
 
     Raises:
-        ValueError: when ``folder`` exists and is not a checkpoint.
+        ValueError: when ``folder`` is a file or holds anything but a checkpoint, or for a state that is not all tensors
+            with values, of dtypes that safetensors has (complex128 is not one). What was in ``folder`` stays then.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / STRUCTURES).exists():
-        raise ValueError(f"{folder} exists and is not a checkpoint of structlin; choose another folder")
+    folder = Path(folder).resolve()
+    _refuse_to_overwrite(folder)
     stored, tied = _untie(model.state_dict(keep_vars=True))
     header = {
         "format": FORMAT,
         "structlin": __version__,
-        "structures": {n: m.spec.to_dict() for n, m in model.named_modules() if isinstance(m, StructuredLinear)},
+        "structures": {name: module.spec.to_dict() for name, module in _structured(model).items()},
         "tied": tied,
     }
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         save_file(stored, fresh / WEIGHTS, metadata={"structlin": json.dumps(header)})
         (fresh / STRUCTURES).write_text(json.dumps(header, indent=2) + "\n")
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def load(model: Model, folder: str | os.PathLike[str], device: str = "cpu") -> Model:
+def load(model: Model, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
     """Give a dense ``model`` the structures and weights that `save` wrote to ``folder``.
 
     Args:
         model: of the architecture that was saved, before conversion (layers that are already structured must agree).
             On the meta device nothing is allocated twice: it takes over the loaded tensors, their dtype and ``device``.
-            Otherwise its own parameters are filled and keep their device and dtype.
+            Otherwise its own parameters are filled and keep their device and dtype. Parameters that were one when
+            saved are one afterwards.
         folder: a checkpoint.
         device: where to load a meta model.
 
@@ -79,47 +83,75 @@ def load(model: Model, folder: str | os.PathLike[str], device: str = "cpu") -> M
             all of them named. The model is unchanged then.
     """
     folder = Path(folder)
-    header, shapes = _read_header(folder)
-    specs = {name: Spec.from_dict(values) for name, values in header["structures"].items()}
+    header = _read_header(folder)
+    specs = _specs(header["structures"], folder)
     fresh = _missing_structures(model, specs, folder)
-    _compare(_expected(model, fresh), shapes, header["tied"], folder)
-    if fresh:
-        to_structured_(model, fresh)
-    meta = any(tensor.is_meta for tensor in model.state_dict().values())
-    with safe_open(folder / WEIGHTS, framework="pt", device=device if meta else "cpu") as file:
+    current = model.state_dict(keep_vars=True)
+    meta = any(tensor.is_meta for tensor in current.values())
+    with safe_open(folder / WEIGHTS, framework="pt", device=str(device) if meta else "cpu") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    state |= {alias: state[name] for alias, name in header["tied"].items()}
+    state |= {alias: state[name] for alias, name in header["tied"].items() if name in state}
+    problems = _misfits(_expected(current, fresh), state, cast=not meta) + _broken_ties(current, state)
+    if problems:
+        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
+    if fresh:
+        to_structured_(model, {escape(name): spec for name, spec in fresh.items()})
     model.load_state_dict(state, assign=meta)
-    if meta:
-        _tie(model, header["tied"])
+    for alias, name in header["tied"].items():
+        _tie(model, alias, name)
     return model
 
 
-def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _structured(model: nn.Module) -> dict[str, StructuredLinear]:
+    """Every name of every structured layer."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, StructuredLinear)}
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a checkpoint is a folder")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = found - {WEIGHTS, STRUCTURES} if STRUCTURES in found else found
+    if foreign:
+        raise ValueError(
+            f"{folder} holds more than a checkpoint of structlin: {', '.join(sorted(foreign)[:5])}; "
+            "saving would delete it, choose another folder"
+        )
+
+
+def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and further name -> name of the same tensor."""
     first: dict[int, str] = {}
-    stored, tied = {}, {}
+    stored, tied, memory = {}, {}, set()
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name} is not a dense tensor with values and cannot be saved")
+        if tensor.dtype == torch.complex128:
+            raise ValueError(f"{name} is complex128, which safetensors cannot hold; save the model in complex64")
         if (known := first.setdefault(id(tensor), name)) != name:
             tied[name] = known
-        else:
-            stored[name] = tensor.detach().contiguous()
+            continue
+        # safetensors stores bytes: it knows neither lazy conjugates nor different tensors in one piece of memory
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        stored[name] = plain.clone() if pointer in memory else plain
+        memory.add(pointer)
     return stored, tied
 
 
-def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
-    for alias, name in tied.items():
-        owner, _, attribute = alias.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
+def _tie(model: nn.Module, alias: str, name: str) -> None:
+    (owner, attribute), (source, original) = (path.rpartition(".")[::2] for path in (alias, name))
+    setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(source), original))
 
 
-def _read_header(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+def _read_header(folder: Path) -> dict[str, Any]:
     for name in (WEIGHTS, STRUCTURES):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a checkpoint: it has no {name}")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             embedded = json.loads((file.metadata() or {}).get("structlin", "null"))
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, not a dict
         header = json.loads((folder / STRUCTURES).read_text())
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from None
@@ -130,37 +162,55 @@ def _read_header(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
             f"{folder} has format {header['format']}, written by structlin {header['structlin']}; "
             f"this is structlin {__version__}, which reads up to format {FORMAT}: install a newer one"
         )
-    return header, shapes
+    return header
+
+
+def _specs(structures: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Spec]:
+    specs = {}
+    for name, values in structures.items():
+        try:
+            specs[name] = Spec.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{folder}: layer {name!r}: {error}") from None
+    return specs
 
 
 def _missing_structures(model: nn.Module, specs: Mapping[str, Spec], folder: Path) -> dict[str, Spec]:
-    present = {n: m.spec for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
+    present = {name: module.spec for name, module in _structured(model).items()}
     clashes = [f"{n} is {s}, saved {specs.get(n, 'dense')}" for n, s in present.items() if specs.get(n) != s]
     if clashes:
         raise ValueError(f"the model does not fit {folder}: {'; '.join(clashes)}")
     return {name: spec for name, spec in specs.items() if name not in present}
 
 
-def _expected(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, list[int]]:
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """What the state of the model will be once it has these structures; factors as meta tensors."""
+    expected = dict(current)
     for name, spec in specs.items():
-        if len(shapes.get(f"{name}.weight", [])) != 2:
+        weight = expected.pop(f"{name}.weight", None)
+        if weight is None or weight.dim() != 2:
             raise ValueError(f"the model has no linear layer {name!r}, which was saved as {spec}")
-        out_features, in_features = shapes.pop(f"{name}.weight")
-        shapes |= {f"{name}.{f}": list(shape) for f, shape in spec.plan(out_features, in_features).shapes.items()}
-    return shapes
+        for factor, shape in spec.plan(*weight.shape).shapes.items():
+            expected[f"{name}.{factor}"] = torch.empty(shape, dtype=weight.dtype, device="meta")
+    return expected
 
 
-def _compare(
-    expected: Mapping[str, list[int]], stored: Mapping[str, list[int]], tied: Mapping[str, str], folder: Path
-) -> None:
-    found = {**stored, **{alias: stored[name] for alias, name in tied.items() if name in stored}}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not in the model" for name in found if name not in expected]
-    problems += [
-        f"{name} is {found[name]}, the model wants {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
+def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], cast: bool) -> list[str]:
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in expected]
+    for name, wanted in expected.items():
+        if name in state and state[name].shape != wanted.shape:
+            problems.append(f"{name} is {list(state[name].shape)}, the model wants {list(wanted.shape)}")
+        elif cast and name in state and not torch.can_cast(state[name].dtype, wanted.dtype):
+            problems.append(f"{name} is {state[name].dtype}, which {wanted.dtype} of the model cannot hold")
+    return problems
+
+
+def _broken_ties(current: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    first: dict[int, str] = {}
+    problems = []
+    for name, tensor in current.items():
+        known = first.setdefault(id(tensor), name)
+        if name in state and known in state and state[name] is not state[known]:
+            problems.append(f"{name} and {known} are one tensor in the model, but were saved as two")
+    return problems

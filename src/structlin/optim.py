@@ -14,9 +14,9 @@ from .nn import StructuredLinear
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for Adam or AdamW in which ``lr`` means the same for dense and structured layers.
 
-    A factor gets ``lr * in_features / fan_in / number of factors`` (Qiu et al. 2024); everything else gets ``lr``.
-    Weight decay applies to parameters of two or more dimensions. Frozen parameters are left out, shared ones
-    occur once.
+    A factor gets ``lr * in_features / fan_in / number of factors`` (Qiu et al. 2024), and so do the parameters of its
+    parametrization if it has one; everything else gets ``lr``. Weight decay applies to parameters of two or more
+    dimensions. Frozen parameters are left out, shared ones occur once.
 
     Args:
         model: any module.
@@ -27,24 +27,28 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         A list of dictionaries with the keys "params", "lr" and "weight_decay", as every torch optimizer takes it.
 
     Raises:
-        ValueError: for a negative ``lr`` or ``weight_decay``, or a model without trainable parameters.
+        ValueError: for an ``lr`` or ``weight_decay`` that is negative or not finite, or a model without trainable
+            parameters.
     """
-    if lr < 0 or weight_decay < 0:
-        raise ValueError(f"lr={lr} and weight_decay={weight_decay} must not be negative")
+    if not (0 <= lr < float("inf") and 0 <= weight_decay < float("inf")):
+        raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be finite and not negative")
+    scales = _scales(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen or not parameter.requires_grad:
-                continue
-            seen.add(parameter)
-            groups[lr * _scale(module, name), weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups[lr * scales.get(parameter, 1.0), decay].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def _scale(module: nn.Module, name: str) -> float:
-    if isinstance(module, StructuredLinear) and name in module.plan.factors:
-        return analysis.lr_scale(module.plan, name)
-    return 1.0
+def _scales(model: nn.Module) -> dict[nn.Parameter, float]:
+    scales: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            for path, parameter in module.named_parameters():
+                name = path.removeprefix("parametrizations.").split(".")[0]
+                if name in module.plan.factors:
+                    scales.setdefault(parameter, analysis.lr_scale(module.plan, name))
+    return scales

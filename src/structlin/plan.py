@@ -8,10 +8,12 @@ the permutation. Costs, ranks, scales and layouts are all read off this descript
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, count, pairwise
 from math import prod
+from operator import mul
 
 Axes = tuple[str, ...]
 
@@ -108,7 +110,8 @@ class Plan:
     """A sum of `Term`s with the size of every axis: one structured matrix of fixed shape.
 
     Build one with `Plan.einsum` and ``+``. Hashable, printable, and valid by construction: every axis has a size
-    and links its operands, all terms agree on the shape of the matrix, factor names are unique.
+    and links its operands, all terms agree on the shape of the matrix, every factor has an axis or more and a name
+    of its own that a parameter can have.
 
     Raises:
         ValueError: when one of these does not hold, naming the axis or the factor.
@@ -121,10 +124,18 @@ class Plan:
         names = [name for term in self.terms for name in term.names]
         if len(set(names)) < len(names):
             raise ValueError(f"factor names must be unique, not {', '.join(names)}")
+        for name in names:
+            if not name.isidentifier() or name == "bias":
+                raise ValueError(f"{name!r} is no name for a factor; use an identifier other than 'bias'")
         for term in self.terms:
+            if not term.weights or () in term.weights:
+                raise ValueError(f"'{self}' needs one factor or more in each term, and one axis or more in each factor")
             for step in term.steps:
                 for axis in step.x + step.w + step.y:
                     self._check_axis(axis)
+        unused = self.sizes.keys() - {axis for term in self.terms for axes in (term.x, *term.weights) for axis in axes}
+        if unused:
+            raise ValueError(f"'{self}' has no axis {', '.join(map(repr, sorted(unused)))}, but a size is given")
         shapes = {(self.size(term.y), self.size(term.x)) for term in self.terms}
         if len(shapes) > 1:
             raise ValueError(f"the terms of a sum must have one shape (out, in), not {sorted(shapes)}")
@@ -134,8 +145,8 @@ class Plan:
             raise ValueError(f"axis {TOKENS!r} is reserved for tokens; use another name")
         if axis not in self.sizes:
             raise ValueError(f"axis {axis!r} has no size; give one, as in Plan.einsum(..., {axis}=4)")
-        if self.sizes[axis] < 1:
-            raise ValueError(f"axis {axis!r} has size {self.sizes[axis]}; sizes start at 1")
+        if not isinstance(self.sizes[axis], int) or self.sizes[axis] < 1:
+            raise ValueError(f"axis {axis!r} has size {self.sizes[axis]}; sizes are whole numbers from 1")
 
     @classmethod
     def einsum(cls, equation: str, *, names: Iterable[str] | None = None, **sizes: int) -> Plan:
@@ -167,10 +178,69 @@ class Plan:
 
     def __add__(self, other: Plan) -> Plan:
         """The sum of two matrices of one shape; axes of one name must have one size."""
-        for axis in self.sizes.keys() & other.sizes.keys():
+        for axis in sorted(self.sizes.keys() & other.sizes.keys()):
             if self.sizes[axis] != other.sizes[axis]:
                 raise ValueError(f"axis {axis!r} has sizes {self.sizes[axis]} and {other.sizes[axis]}; rename one")
         return Plan(self.terms + other.terms, tuple(sorted((self.sizes | other.sizes).items())))
+
+    def __matmul__(self, other: Plan) -> Plan:
+        """The product of two matrices, ``other`` applied first, as one chain; axes and factors are renamed as needed.
+
+        The width between them is read in digits fine enough for both sides.
+
+        Raises:
+            ValueError: for sums, for widths that differ, and where no digits serve both sides.
+        """
+        if len(self.terms) > 1 or len(other.terms) > 1:
+            raise ValueError(f"a product of sums uses a factor several times and is no plan: ({self}) @ ({other})")
+        left = self.apart(other)
+        digits = _digits(left.shape(left.terms[0].x), other.shape(other.terms[0].y))
+        taken, names = {*left.sizes, *other.sizes}, []
+        for _ in digits:
+            names.append(_free("h", taken))
+            taken.add(names[-1])
+        left, right = left._read(left.terms[0].x, digits, names), other._read(other.terms[0].y, digits, names)
+        (last,), (first,) = left.terms, right.terms
+        term = Term(first.x, first.weights + last.weights, last.y, first.names + last.names)
+        return Plan((term,), tuple(sorted((left.sizes | right.sizes).items())))
+
+    def apart(self, other: Plan) -> Plan:
+        """The same matrix with no axis and no factor named as one of ``other``: clashing names get a number."""
+        axes: dict[str, Axes] = {}
+        taken = {*self.sizes, *other.sizes, TOKENS}
+        for axis in (axis for axis in self.sizes if axis in other.sizes):
+            axes[axis] = (_free(axis, taken),)
+            taken.add(axes[axis][0])
+        taken, names = {*self.factors, *other.factors}, {}
+        for name in (name for name in self.factors if name in other.factors):
+            names[name] = _free(name, taken)
+            taken.add(names[name])
+        sizes = {axes.get(axis, (axis,))[0]: size for axis, size in self.axes}
+        return self._substitute(axes, sizes, names)
+
+    def _read(self, axes: Axes, digits: Iterable[int], names: Iterable[str]) -> Plan:
+        """The same matrix with each of ``axes`` split into the next of ``digits``; an axis of size 1 is left out."""
+        parts, fine = {}, list(zip(digits, names, strict=True))
+        for axis in axes:
+            size, split = 1, []
+            while size < self.sizes[axis]:
+                digit, name = fine.pop(0)
+                size *= digit
+                split.append((name, digit))
+            parts[axis] = split
+        sizes = {axis: size for axis, size in self.axes if axis not in parts}
+        sizes |= {name: digit for split in parts.values() for name, digit in split}
+        return self._substitute({axis: tuple(name for name, _ in split) for axis, split in parts.items()}, sizes, {})
+
+    def _substitute(self, axes: Mapping[str, Axes], sizes: Mapping[str, int], names: Mapping[str, str]) -> Plan:
+        def put(operand: Axes) -> Axes:
+            return tuple(new for axis in operand for new in axes.get(axis, (axis,)))
+
+        terms = tuple(
+            Term(put(t.x), tuple(map(put, t.weights)), put(t.y), tuple(names.get(n, n) for n in t.names))
+            for t in self.terms
+        )
+        return Plan(terms, tuple(sorted(sizes.items())))
 
     @property
     def T(self) -> Plan:
@@ -202,11 +272,9 @@ class Plan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is an ordinary weight (out, in): one factor without structure."""
-        if len(self.terms) > 1 or len(self.factors) > 1:
-            return False
-        ((term, step),) = self.factors.values()
-        return not (step.group or step.free) and step.w == term.y + term.x
+        """Whether this is an ordinary weight (out, in): one factor of two axes without structure."""
+        term = self.terms[0]
+        return len(self.factors) == 1 and len(term.x) == len(term.y) == 1 and term.weights[0] == term.y + term.x
 
     @property
     def in_features(self) -> int:
@@ -221,3 +289,21 @@ class Plan:
     def __str__(self) -> str:
         chains = (", ".join(" ".join(a) for a in (t.x, *t.weights)) + " -> " + " ".join(t.y) for t in self.terms)
         return "  +  ".join(chains)
+
+
+def _digits(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    """Sizes of the digits that refine both ways of reading an index, slowest first."""
+    if prod(one) != prod(other):
+        raise ValueError(f"a matrix of {prod(one)} columns cannot follow one of {prod(other)} rows")
+    bounds = sorted({1, *accumulate(one, mul), *accumulate(other, mul)})
+    if any(high % low for low, high in pairwise(bounds)):
+        raise ValueError(
+            f"the product has no common digits between its factors: one side reads {prod(one)} features as "
+            f"{'x'.join(map(str, other))}, the other as {'x'.join(map(str, one))}"
+        )
+    return [high // low for low, high in pairwise(bounds)]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    stem = name.rstrip("0123456789")
+    return next(new for i in count(1) if (new := f"{stem}{i}") not in taken)

@@ -1,6 +1,7 @@
 """What a user writes: small frozen dataclasses, one per structure, found by name.
 
-A spec holds hyperparameters only: no shape, no device, no kernel choice. `Spec.plan` fixes the shape.
+A spec holds hyperparameters only: no shape, no device, no kernel choice. `Spec.plan` fixes the shape. Specs add,
+multiply and transpose as the matrices do, and every one of them is also a line of text and a JSON object.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
-from math import gcd
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from .plan import Plan
@@ -21,14 +22,17 @@ STRUCTURES: dict[str, type[Spec]] = {}
 class Spec:
     """A family of structured matrices and its hyperparameters; subclass it and decorate with `register`.
 
-    Fields are positive integers or `typing.Literal` choices; both are checked on construction.
+    Fields are positive integers, fractions from 0 to 1 (float), bool, str, `typing.Literal` choices, specs, tuples of
+    one of these (``tuple[int, ...]``), or unions of them with each other and None. They are checked on construction.
     """
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         for field, kind in self._fields().items():
-            _check(self.name, field, kind, getattr(self, field))
+            value = _frozen(kind, getattr(self, field))
+            object.__setattr__(self, field, value)
+            _check(self.name, field, kind, value)
 
     @classmethod
     def _fields(cls) -> dict[str, Any]:
@@ -48,9 +52,22 @@ class Spec:
         """Yield small ``(spec, (out_features, in_features))`` that the contract tests run over."""
         raise NotImplementedError
 
+    def __add__(self, other: Spec) -> Spec:
+        """The sum of both matrices."""
+        return _make(find("sum"), {"terms": (self, other)}) if isinstance(other, Spec) else NotImplemented
+
+    def __matmul__(self, other: Spec) -> Spec:
+        """The product of both matrices, ``other`` applied first."""
+        return _make(find("product"), {"factors": (self, other)}) if isinstance(other, Spec) else NotImplemented
+
+    @property
+    def T(self) -> Spec:
+        """The transposed matrix."""
+        return _make(find("transpose"), {"of": self})
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_dict` reads back."""
-        return {"structure": self.name, **dataclasses.asdict(self)}
+        return {"structure": self.name, **{field: _to_json(getattr(self, field)) for field in self._fields()}}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Spec:
@@ -59,17 +76,14 @@ class Spec:
         Raises:
             ValueError: for an unknown structure or parameter, naming the nearest known one.
         """
-        arguments = dict(values)
-        cls = find(arguments.pop("structure", ""))
-        for key in arguments:
-            if key not in cls._fields():
-                raise ValueError(f"{cls.name} has no parameter {key!r}; {_allowed(key, cls._fields())}")
-        return cls(**arguments)
+        arguments = {key: _from_json(value) for key, value in values.items()}
+        return _make(find(arguments.pop("structure", "")), arguments)
 
     def __str__(self) -> str:
         """The spec as `parse` reads it; the first field always shows, others when they are not the default."""
-        shown = [f for i, f in enumerate(dataclasses.fields(self)) if i == 0 or getattr(self, f.name) != f.default]
-        return ":".join([self.name, *(f"{f.name}={getattr(self, f.name)}" for f in shown)])
+        values = [(i, f, getattr(self, f.name)) for i, f in enumerate(dataclasses.fields(self))]
+        shown = [(f.name, value) for i, f, value in values if value is not None and (i == 0 or value != f.default)]
+        return ":".join([self.name, *(f"{name}={_text(value)}" for name, value in shown)])
 
 
 S = TypeVar("S", bound=Spec)
@@ -80,8 +94,10 @@ def register(name: str) -> Callable[[type[S]], type[S]]:
     """Make a subclass of `Spec` a frozen dataclass that checkpoints, the command line and the tests find by name.
 
     Raises:
-        ValueError: when the name is taken.
+        ValueError: when the name is taken, or is not made of letters, digits and underscores.
     """
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no name for a structure; use letters, digits and underscores")
 
     def add(cls: type[S]) -> type[S]:
         if name in STRUCTURES:
@@ -101,7 +117,7 @@ def find(name: str) -> type[Spec]:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
-    if name not in STRUCTURES:
+    if not isinstance(name, str) or name not in STRUCTURES:
         raise ValueError(f"unknown structure {name!r}; {_allowed(name, STRUCTURES)}")
     return STRUCTURES[name]
 
@@ -109,66 +125,159 @@ def find(name: str) -> type[Spec]:
 def parse(text: str) -> Spec:
     """A spec from the command line: the name, then parameters, all joined by colons.
 
+    Sums, products and transposes are written with ``+``, ``@`` and ``.T``, in this order of precedence from the
+    weakest, and with parentheses. A number between two ``@`` is the width there.
+
     >>> parse("dyad:nblocks=8:variant=ot")
     Dyad(nblocks=8, variant='ot')
+    >>> parse("(monarch:nblocks=4 + low_rank:rank=8).T") == (Monarch(nblocks=4) + LowRank(rank=8)).T
+    True
 
     Raises:
         ValueError: for an unknown structure or parameter or a bad value, naming what is allowed.
     """
-    name, *parts = text.strip().split(":")
+    text = text.strip()
+    if len(terms := _split(text, "+")) > 1:
+        return _make(find("sum"), {"terms": tuple(map(parse, terms))})
+    if len(factors := _split(text, "@")) > 1:
+        specs = tuple(parse(factor) for factor in factors if not factor.strip().isdecimal())
+        widths = {int(factor) for factor in factors if factor.strip().isdecimal()}
+        if len(widths) > 1 or len(factors) - len(specs) not in (0, len(specs) - 1):
+            raise ValueError(f"{text!r} must give one width, between all factors or none")
+        return _make(find("product"), {"factors": specs, "width": widths.pop() if widths else None})
+    if text.endswith(".T"):
+        return parse(text[:-2]).T
+    if text.startswith("("):
+        if not text.endswith(")"):
+            raise ValueError(f"{text!r} has a parenthesis that is not closed, or text after it")
+        return parse(text[1:-1])
+    return _parse_one(text)
+
+
+def _split(text: str, operator: str) -> list[str]:
+    """The parts of ``text`` between the operators that stand outside parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == operator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _parse_one(text: str) -> Spec:
+    name, *parts = text.split(":")
     cls = find(name)
     fields = cls._fields()
-    values: dict[str, Any] = {"structure": name}
+    values: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"{part!r} in {text!r} is not of the form parameter=value")
         if key in values:
             raise ValueError(f"parameter {key!r} is given twice in {text!r}")
-        values[key] = int(value) if fields.get(key) is int and value.isdecimal() else value
-    return Spec.from_dict(values)
+        values[key] = _from_text(fields.get(key), value)
+    return _make(cls, values)
 
 
-def divide(what: str, parts: int, **sizes: int) -> tuple[int, ...]:
-    """Each of ``sizes`` divided by ``parts``, exactly.
-
-    >>> divide("nblocks", 4, in_features=64, out_features=32)
-    (16, 8)
-
-    Raises:
-        ValueError: naming the parameter ``what``, the size that it does not divide, and the values that would do.
-    """
-    for name, size in sizes.items():
-        if size % parts:
-            raise ValueError(f"{what}={parts} does not divide {name}={size}; {_fitting(what, gcd(*sizes.values()))}")
-    return tuple(size // parts for size in sizes.values())
+def _make(cls: type[Spec], arguments: dict[str, Any]) -> Spec:
+    for key in arguments:
+        if key not in cls._fields():
+            raise ValueError(f"{cls.name} has no parameter {key!r}; {_allowed(key, cls._fields())}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in arguments:
+            raise ValueError(f"{cls.name} needs the parameter {field.name!r}")
+    return cls(**arguments)
 
 
-def balanced(size: int) -> tuple[int, int]:
-    """The two factors of ``size`` nearest its square root, smaller first: ``balanced(768) == (24, 32)``."""
-    small = next(d for d in range(int(size**0.5), 0, -1) if size % d == 0)
-    return small, size // small
-
-
-def _fitting(what: str, size: int) -> str:
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    shown = divisors if len(divisors) <= 12 else [*divisors[:11], "...", divisors[-1]]
-    return f"{what} may be {', '.join(map(str, shown))}"
-
-
-def _allowed(given: str, names: Any) -> str:
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+def _allowed(given: object, names: Any) -> str:
+    near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(sorted(names)) or 'none'}"
 
 
 def _check(structure: str, field: str, kind: Any, value: Any) -> None:
     where = f"{structure}: {field}={value!r}"
+    if _fits(kind, value):
+        return
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{where} is unknown; {_allowed(str(value), get_args(kind))}")
-    elif kind is int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where} must be a positive whole number")
-    else:
-        raise TypeError(f"{where}: fields are int or Literal, not {kind}")
+        raise ValueError(f"{where} is unknown; {_allowed(value, get_args(kind))}")
+    raise ValueError(f"{where} must be {_described(kind)}")
+
+
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive whole number", lambda value: isinstance(value, int) and value >= 1),
+    float: ("a fraction from 0 to 1", lambda value: isinstance(value, float) and 0 <= value <= 1),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    str: ("text", lambda value: isinstance(value, str)),
+    NoneType: ("left out", lambda value: value is None),
+    Spec: ("a spec", lambda value: isinstance(value, Spec)),
+}
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str | int) and value in inner
+    if get_origin(kind) is UnionType:
+        return any(_fits(choice, value) for choice in inner)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(_fits(inner[0], item) for item in value)
+    if kind not in KINDS:
+        raise TypeError(f"a field of a spec cannot be {kind}; {Spec.__doc__}")
+    return KINDS[kind][1](value) and (kind is bool or not isinstance(value, bool))
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_described, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"several of: {_described(get_args(kind)[0])}"
+    return KINDS[kind][0]
+
+
+def _frozen(kind: Any, value: Any) -> Any:
+    """``value`` as it is stored: sequences as tuples, whole numbers in a tuple of fractions as floats."""
+    if isinstance(value, list | tuple):
+        exact = kind == tuple[float, ...] or tuple[float, ...] in get_args(kind)
+        return tuple(float(item) if exact and isinstance(item, int) else item for item in value)
+    return value
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return value.to_dict() if isinstance(value, Spec) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item) for item in value)
+    return Spec.from_dict(value) if isinstance(value, dict) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """``text`` as the first kind of field that it is the text of; the text itself when there is none."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        values = (_from_text(choice, text) for choice in inner)
+        return next((value for value in values if value is not text), text)
+    if get_origin(kind) is tuple:
+        return tuple(_from_text(inner[0], part) for part in text.split("x"))
+    if kind is int and text.isdecimal():
+        return int(text)
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text

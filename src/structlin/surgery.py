@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from . import analysis
 from .nn import StructuredLinear
-from .nn.projection import project
+from .nn.projection import check, project
 from .plan import Plan
 from .spec import Spec
 
@@ -63,7 +63,10 @@ def to_structured_(
 ) -> Conversion:
     """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
 
-    >>> to_structured_(model, {"*.mlp.*": Monarch(nblocks=4), "lm_head": None})
+    >>> from structlin.structures import Monarch
+    >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 10))
+    >>> [swap.name for swap in to_structured_(model, {"3": None, "*": Monarch(nblocks=4)})]
+    ['0', '2']
 
     Args:
         model: any module; its own root is not replaced. A layer that occurs under several names is replaced under all.
@@ -77,48 +80,63 @@ def to_structured_(
 
     Raises:
         ValueError: one message with every problem: a shape that does not fit, a rule that matches nothing, a weight
-            that another module shares, a subclass of ``nn.Linear``, a projection that has no closed form. The model is
-            unchanged then.
+            that another module shares, a layer that is more than a plain ``nn.Linear`` (a subclass, a parametrization,
+            hooks), a weight that cannot be projected. The model is unchanged then.
     """
     if weights not in ("init", "project"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: 'init', 'project'")
     names = _linears(model)
     chosen, problems = _resolve(names, rules)
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    conversion, layers = Conversion(), {}
+    owners = _owners(model)
+    conversion = Conversion()
     for name, spec in chosen.items():
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
         where = f"{name} ({dense.out_features}x{dense.in_features})"
         try:
+            _refuse(model, names[name], dense, owners)
             plan = spec.plan(dense.out_features, dense.in_features)
-            _refuse(dense, owners)
             if weights == "project":
-                layers[name] = project(plan, dense.weight)
+                check(plan, dense.weight)
             conversion.append(_swap(name, dense, spec, plan))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     if problems:
         raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
     if not dry_run:
-        for swap in conversion:
-            layer = _build(model.get_submodule(swap.name), swap.spec, layers.get(swap.name))
-            for alias in names[swap.name]:
+        # all are built before one is put in place: running out of memory, too, leaves the model as it was
+        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights) for s in conversion}
+        for name, layer in layers.items():
+            for alias in names[name]:
                 model.set_submodule(alias, layer)
     return conversion
 
 
 def to_dense_(model: nn.Module) -> list[str]:
-    """Replace every `StructuredLinear` of ``model`` by the ``nn.Linear`` of the same function; returns their names."""
-    dense: dict[StructuredLinear, nn.Linear] = {}
-    replaced = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, StructuredLinear) and name:
-            if module not in dense:
-                dense[module] = module.to_dense()
-            model.set_submodule(name, dense[module])
-            replaced.append(name)
-    return replaced
+    """Replace every `StructuredLinear` of ``model`` by the ``nn.Linear`` of the same function.
+
+    Returns:
+        The names of the replaced layers, all of them where one layer has several.
+
+    Raises:
+        ValueError: one message with every problem: a factor that another module shares, hooks that would be lost, a
+            model that is itself a `StructuredLinear`. The model is unchanged then.
+    """
+    if isinstance(model, StructuredLinear):
+        raise ValueError("the model is itself a StructuredLinear and cannot be replaced in place; use its to_dense()")
+    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)]
+    owners, problems = _owners(model), []
+    for name, layer in found:
+        if any(owners[id(parameter)] > 1 for parameter in layer.parameters()):
+            problems.append(f"{name}: shares a factor with another module; untie it first")
+        if _is_hooked(layer):
+            problems.append(f"{name}: has hooks, which would be lost; remove them first")
+    if problems:
+        raise ValueError("cannot make the model dense:\n  " + "\n  ".join(problems))
+    dense = {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
+    for name, layer in found:
+        model.set_submodule(name, dense[layer])
+    return [name for name, _ in found]
 
 
 def _linears(model: nn.Module) -> dict[str, list[str]]:
@@ -132,7 +150,13 @@ def _linears(model: nn.Module) -> dict[str, list[str]]:
 
 def _resolve(names: dict[str, list[str]], rules: Mapping[str, Spec | None]) -> tuple[dict[str, Spec], list[str]]:
     chosen: dict[str, Spec] = {}
-    used, problems = set(), []
+    used: set[str | None] = set()
+    problems: list[str] = []
+    for glob, spec in rules.items():
+        if not (spec is None or isinstance(spec, Spec)):
+            problems.append(f"rule {glob!r} gives {spec!r}; a rule gives a spec, as Monarch(nblocks=4), or None")
+    if problems:
+        return chosen, problems
     for name, aliases in names.items():
         globs = {next((glob for glob in rules if fnmatchcase(alias, glob)), None) for alias in aliases}
         used |= globs
@@ -141,19 +165,45 @@ def _resolve(names: dict[str, list[str]], rules: Mapping[str, Spec | None]) -> t
             problems.append(f"{', '.join(aliases)} are one layer, but the rules treat them differently")
         elif (spec := specs.pop()) is not None:
             chosen[name] = spec
-    problems += [f"rule {glob!r} matches no nn.Linear" for glob in rules if glob not in used]
+    for glob in (glob for glob in rules if glob not in used):
+        shadowed = any(fnmatchcase(alias, glob) for aliases in names.values() for alias in aliases)
+        why = "is never used: earlier rules match all its layers" if shadowed else "matches no nn.Linear"
+        problems.append(f"rule {glob!r} {why}")
     return chosen, problems
 
 
-def _refuse(dense: nn.Linear, owners: Counter[int]) -> None:
+def _owners(model: nn.Module) -> Counter[int]:
+    """Id of a parameter -> number of modules that hold it."""
+    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+
+
+def _refuse(model: nn.Module, names: list[str], dense: nn.Linear, owners: Counter[int]) -> None:
+    if parametrize.is_parametrized(dense):
+        raise ValueError("is parametrized; remove the parametrization first, or keep it by a None rule")
     if type(dense) is not nn.Linear:
         raise ValueError(
             f"is a {type(dense).__name__}, whose owner may use its weight directly; keep it by a None rule"
         )
-    if parametrize.is_parametrized(dense):
-        raise ValueError("is parametrized; remove the parametrization first, or keep it by a None rule")
     if any(owners[id(parameter)] > 1 for parameter in dense.parameters()):
         raise ValueError("shares its weight with another module; untie it first, or keep it by a None rule")
+    if _is_hooked(dense) or not dense.state_dict().keys() <= {"weight", "bias"}:
+        raise ValueError("has hooks or tensors of its own, which would be lost; remove them, or keep it by a None rule")
+    if not (dense.weight.is_floating_point() or dense.weight.is_complex()):
+        raise ValueError(f"has a weight of dtype {dense.weight.dtype}, which cannot be trained; keep it by a None rule")
+    parents = (model.get_submodule(name.rpartition(".")[0]) for name in names)
+    if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
+        raise ValueError(
+            "belongs to an nn.TransformerEncoderLayer, which reads the weight directly in evaluation; "
+            "call torch.backends.mha.set_fastpath_enabled(False) first, or keep it by a None rule"
+        )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    forward, backward = (
+        (module._forward_pre_hooks, module._forward_hooks),
+        (module._backward_pre_hooks, module._backward_hooks),
+    )
+    return any(forward + backward) or "forward" in vars(module)
 
 
 def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
@@ -164,14 +214,14 @@ def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
     )  # fmt: skip
 
 
-def _build(dense: nn.Module, spec: Spec, factors: dict[str, torch.Tensor] | None) -> StructuredLinear:
+def _build(dense: nn.Module, spec: Spec, weights: str) -> StructuredLinear:
     assert isinstance(dense, nn.Linear)
     bias, weight = dense.bias, dense.weight
     layer = StructuredLinear(
         dense.in_features, dense.out_features, spec, bias is not None, device=weight.device, dtype=weight.dtype
     )
-    if factors is not None:
-        for name, value in factors.items():
+    if weights == "project":
+        for name, value in project(layer.plan, weight).items():
             layer.get_parameter(name).copy_(value)
         if layer.bias is not None:
             layer.bias.copy_(bias)

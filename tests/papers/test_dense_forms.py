@@ -1,5 +1,8 @@
 """Each structure as its paper defines it, written without plans: the contract alone would accept any matrix."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -24,21 +27,121 @@ def low_rank(spec, down, up):
 
 
 def block_diagonal(spec, blocks):
-    return torch.block_diag(*blocks)
+    """With shuffle, `BlockdiagLinear`: the input read as (group, channel), written as (channel, group), comes first."""
+    n = spec.nblocks
+    weight = torch.block_diag(*blocks.reshape(n, blocks.shape[1], -1))
+    return weight @ reader((n, weight.shape[1] // n), (1, 0)) if spec.shuffle else weight
+
+
+def block_dense(spec, blocks, up):
+    """Wei et al. 2024: y = lr (blkdiag x)."""
+    return up.flatten(1) @ torch.block_diag(*blocks)
+
+
+def block_shuffle(spec, first, second):
+    """Dao et al. 2022, `blockdiag_butterfly_multiply`: (k, p) -> (k, q), read as (r, n) -> (n, s), written (s, n)."""
+    w1, w2 = first.flatten(1, 2), second.flatten(2)
+    (k, _, p), (n, _, r) = w1.shape, w2.shape
+    columns = []
+    for x in torch.eye(k * p, dtype=FLOAT):
+        z = torch.stack([w1[block] @ x.reshape(k, p)[block] for block in range(k)])
+        z = z.flatten().reshape(r, n).T
+        columns.append(torch.stack([w2[block] @ z[block] for block in range(n)]).T.flatten())
+    return torch.stack(columns, 1)
+
+
+def tensor_train(spec, *cores):
+    """Qiu et al. 2024, `TT`: one entry is a product of matrices, one matrix for each pair of digits."""
+    cores = [core.movedim(-1, 0) if i else core.unsqueeze(0) for i, core in enumerate(cores)]  # left rank first
+    cores = [core.movedim(2, -1) if i < len(cores) - 1 else core.unsqueeze(-1) for i, core in enumerate(cores)]
+    outs, ins = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
+    weight = torch.zeros(*outs, *ins, dtype=FLOAT)
+    for index in itertools.product(*map(range, outs + ins)):
+        digits = zip(index[: len(outs)], index[len(outs) :], cores, strict=True)
+        weight[index] = torch.linalg.multi_dot([core[:, o, i] for o, i, core in digits]) if len(cores) > 1 else 0
+    return weight.reshape(math.prod(outs), math.prod(ins))
+
+
+def einsum(spec, first, second):
+    """Potapczynski et al. 2024, all seven letters: 'gba,fdrga->fdrgb' and 'fdrgb,fergb->fed'."""
+    _, b, _, d, e, f, r = spec.dims or (4, 2, 2, 2, 4, 2, 2)
+    a, g = first.shape[-1], first.shape[0]
+    core_a, core_b = torch.zeros(f, d, r, g, a, dtype=FLOAT), torch.zeros(f, e, r, g, b, dtype=FLOAT)
+    for index in itertools.product(*map(range, (f, d, r, g))):
+        core_a[index] = first[index[3], index[0], index[1], index[2]]
+    for index in itertools.product(*map(range, (f, e, r, g))):
+        core_b[index] = second[index[0], index[1], index[3], index[2]]
+    x = torch.eye(g * b * a, dtype=FLOAT).reshape(-1, g, b, a)
+    z = torch.einsum("tgba,fdrga->tfdrgb", x, core_a)
+    return torch.einsum("tfdrgb,fergb->tfed", z, core_b).reshape(g * b * a, -1).T
+
+
+def chain(spec, w1, w2):
+    """The example only: the same right matrix for every group, a left one of its own, groups after rows."""
+    rows = [torch.kron(left, w1) for left in w2]  # (e d) x (b a) for each group
+    g, (e, d) = len(rows), (w2.shape[1], w1.shape[0])
+    return reader((g, e, d), (1, 0, 2)) @ torch.block_diag(*rows)
+
+
+def summed(spec, *factors):
+    """The example only."""
+    blocks, down, up = factors
+    return torch.block_diag(*blocks) + up @ down
+
+
+def product(spec, *factors):
+    """The examples only: the last structure first."""
+    if spec.width:
+        down, up, right, left = factors
+        return torch.kron(left, right) @ up.flatten(0, 1) @ down
+    blocks, first, second = factors
+    first, second = first.reshape(2, 2, 3, 6), second.reshape(2, 6, 2, 3)
+    return monarch(sl.Monarch(nblocks=2), first, second) @ torch.block_diag(*blocks.flatten(0, 1))
+
+
+def transpose(spec, *factors):
+    """The examples only: the dense form of the transposed shape, transposed; a chain lists its factors reversed."""
+    if isinstance(spec.of, sl.Monarch):
+        return monarch(spec.of, *reversed(factors)).T
+    lower, upper, up, down = factors
+    return (dyad(spec.of.terms[0], lower, upper) + up @ down).T
+
+
+def blast(spec, right, middle, left):
+    """Lee et al. 2024: block (i, j) is B_i diag(d_ij) C_j."""
+    n = spec.nblocks
+    rows = ([left[i] @ torch.diag(middle[:, i, j]) @ right[j] for j in range(n)] for i in range(n))
+    return torch.cat([torch.cat(row, 1) for row in rows])
 
 
 def kronecker(spec, right, left):
     return torch.kron(left, right)
 
 
-def monarch(spec, first, second):
-    """Dao et al. 2022, section 3: M = P L P^T R, blocks of R see the input in chunks, P transposes the block grid."""
+def monarch(spec, first, second, third=None):
+    """Dao et al. 2022, section 3: M = P L P^T R, blocks of R see the input in chunks, P transposes the block grid.
+
+    Fu et al. 2023, order p: one block-diagonal factor for each digit, the digits permuted before and after.
+    """
+    if third is not None:
+        return monarch_of_order_three(first, second, third)
     k, j, r, i = first.shape
     o = second.shape[1]
     right = torch.block_diag(*first.reshape(k, j * r, i))
     left = torch.block_diag(*second.reshape(j, o, k * r))
     blocked = left @ reader((k, j, r), (1, 0, 2)) @ right
     return blocked if spec.order == "blocked" else reader((j, o), (1, 0)) @ blocked
+
+
+def monarch_of_order_three(first, second, third):
+    k2, k1, j0, r1, i = first.shape
+    j1, r2 = second.shape[2:4]
+    o = third.shape[2]
+    a = torch.block_diag(*first.reshape(k2 * k1, j0 * r1, i))
+    b = torch.block_diag(*second.reshape(k2 * j0, j1 * r2, k1 * r1))
+    c = torch.block_diag(*third.transpose(0, 1).reshape(j0 * j1, o, k2 * r2))
+    to_b, to_c = reader((k2, k1, j0, r1), (0, 2, 1, 3)), reader((k2, j0, j1, r2), (1, 2, 0, 3))
+    return reader((j0, j1, o), (2, 1, 0)) @ c @ to_c @ b @ to_b @ a
 
 
 def dyad(spec, lower, upper):
@@ -58,8 +161,10 @@ def dyad(spec, lower, upper):
     return torch.block_diag(*lower) + second
 
 
-def btt(spec, first, second):
+def btt(spec, first, second, third=None):
     """Qiu et al. 2024: block (f, c) of the matrix is the sum over the rank of outer products of two slices."""
+    if third is not None:
+        return btt_of_three_cores(first, second, third)
     c, f, r, a = first.shape
     e = second.shape[1]
     weight = torch.zeros(f * e, c * a, dtype=FLOAT)
@@ -70,6 +175,22 @@ def btt(spec, first, second):
     return weight
 
 
+def btt_of_three_cores(first, second, third):
+    """Qiu et al. 2024, class `BTT` (einsum 'rtpmnq,btpnq->brpmq' for each core), digits of both ends reversed."""
+    cores = [  # as (rank out, rank in, outputs done, output, input, inputs that wait), waiting digits reversed
+        first.permute(3, 2, 4, 1, 0).unsqueeze(1).unsqueeze(2).flatten(5),
+        second.permute(3, 5, 1, 2, 4, 0),
+        third.permute(4, 0, 1, 2, 3).unsqueeze(0).flatten(2, 3).unsqueeze(-1),
+    ]
+    n2, n1, n0 = first.shape[0], first.shape[1], first.shape[4]
+    m0, m1, m2 = third.shape[:3]
+    v = torch.eye(n2 * n1 * n0, dtype=FLOAT).reshape(-1, n2, n1, n0).permute(0, 3, 2, 1)
+    for core in cores:
+        _, t, p, _, n, q = core.shape
+        v = torch.einsum("rtpmnq,btpnq->brpmq", core, v.reshape(-1, t, p, n, q))
+    return v.reshape(-1, m0 * m1 * m2).T
+
+
 DENSE_FORMS = {
     "dense": dense,
     "low_rank": low_rank,
@@ -78,6 +199,15 @@ DENSE_FORMS = {
     "monarch": monarch,
     "dyad": dyad,
     "btt": btt,
+    "block_dense": block_dense,
+    "block_shuffle": block_shuffle,
+    "tensor_train": tensor_train,
+    "blast": blast,
+    "sum": summed,
+    "product": product,
+    "transpose": transpose,
+    "einsum": einsum,
+    "chain": chain,
 }
 
 

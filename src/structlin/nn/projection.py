@@ -1,8 +1,10 @@
-"""Dense weight -> nearest member of a structure, in closed form for one or two factors.
+"""Dense weight -> nearest member of a structure.
 
-One rule serves all of them: order the dense weight as [axes both factors share, rows, columns], take a truncated
-SVD of every matrix, order the pieces as the factors are stored. For low rank this is the SVD, for Kronecker the
-rearrangement of Van Loan and Pitsianis, for Monarch and BTT their block-wise SVD; the axes say which.
+One rule gives the closed forms: order the dense weight as [axes that the first factor shares with the others, rows,
+columns], take a truncated SVD of every matrix, and go on with what is left for the other factors. For low rank this
+is the SVD, for Kronecker the rearrangement of Van Loan and Pitsianis, for Monarch and BTT their block-wise SVD, for a
+tensor train the TT-SVD; the axes say which. Sums of sparse patterns (DYAD) are least squares entry by entry. What
+has no closed form is fitted by alternating least squares (`least_squares`).
 """
 
 from __future__ import annotations
@@ -13,72 +15,159 @@ import torch
 from torch import Tensor
 
 from ..plan import Axes, Plan, Term
+from . import least_squares
+from .least_squares import matrix
+
+SWEEPS = 300  # of an alternating fit, at most; it stops before when the error no longer falls
 
 
 @torch.no_grad()
-def project(plan: Plan, weight: Tensor) -> dict[str, Tensor]:
+def project(plan: Plan, weight: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
     """The factors of the matrix of ``plan`` that is nearest to ``weight`` in the Frobenius norm.
 
+    Optimal for plans of one term with one or two factors and for sums of one-factor terms without shared weights;
+    within a factor of sqrt(factors - 1) of optimal for chains in which neighbours share axes (tensor trains and their
+    block forms); otherwise a local optimum. A member of the first three kinds comes back to rounding error.
+
     Args:
-        plan: one term of one or two factors.
-        weight: (out_features, in_features), real or complex; half precision is computed in float32.
+        plan: the structure, at the shape of ``weight``.
+        weight: (*, out_features, in_features), real or complex; half precision is computed in float32. Leading
+            dimensions are separate matrices, as those of experts.
+        inputs: (*, in_features), typical inputs x of the layer. If given, the factors minimise the error
+            ``|(W - S) x|^2`` over them instead; a closed form for one factor, and for two where the first has no group
+            axis of the input alone.
 
     Returns:
-        Factor name -> tensor of the plan's shape, in the dtype and on the device of ``weight``.
+        Factor name -> tensor of the plan's shape (after the leading dimensions of ``weight``), in the dtype and on the
+        device of ``weight``.
 
     Raises:
-        ValueError: for a weight of another shape or with NaN or infinite entries, or a plan without a closed form.
+        ValueError: for a weight that `check` refuses, inputs of another width or with NaN or infinite entries, or
+            a structure whose least-squares problem with inputs is too large to solve.
     """
-    if tuple(weight.shape) != (plan.out_features, plan.in_features):
+    check(plan, weight)
+    if weight.dim() > 2:
+        each = [project(plan, w, inputs) for w in weight.flatten(0, -3)]
+        return {n: torch.stack([f[n] for f in each]).unflatten(0, weight.shape[:-2]) for n in plan.factors}
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if len(plan.terms) == 1:
+        factors = _fit_term(plan, plan.terms[0], wide, {}, None, SWEEPS)
+    elif all(len(term.weights) == 1 and not term.steps[0].free for term in plan.terms):
+        factors = _project_supports(plan, wide)
+    else:
+        factors = _fit_sum(plan, wide, {}, None)
+    if inputs is not None:
+        # from the nearest matrix on, so that the result is never worse than that
+        factors = _fit_sum(plan, wide, factors, _covariance(plan, inputs, wide))
+    return {name: factors[name].to(weight.dtype).contiguous() for name in plan.factors}
+
+
+def check(plan: Plan, weight: Tensor) -> None:
+    """Whether `project` can do this, found out without the work.
+
+    Raises:
+        ValueError: for a weight of another shape, without values (on the meta device) or with NaN or infinite ones.
+    """
+    if tuple(weight.shape[-2:]) != (plan.out_features, plan.in_features):
         raise ValueError(f"the weight is {tuple(weight.shape)}, the plan {(plan.out_features, plan.in_features)}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values to project")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has NaN or infinite entries; there is no nearest structured matrix")
-    if len(plan.terms) > 1 or len(plan.terms[0].weights) > 2:
+
+
+def _covariance(plan: Plan, inputs: Tensor, weight: Tensor) -> Tensor:
+    if inputs.shape[-1] != plan.in_features or not torch.isfinite(inputs).all():
         raise ValueError(
-            f"no closed-form projection onto a sum or onto more than two factors ({plan}); use weights='init'"
+            f"inputs must be finite and of width {plan.in_features}, not of shape {tuple(inputs.shape)}; "
+            "give the inputs that the layer sees"
         )
-    term = plan.terms[0]
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    tensor = wide.reshape(plan.shape(term.y + term.x))
-    factors = _project_one(plan, term, tensor) if len(term.weights) == 1 else _project_two(plan, term, tensor)
-    return {name: factor.to(weight.dtype).contiguous() for name, factor in factors.items()}
+    x = inputs.reshape(-1, plan.in_features).to(weight.device, torch.promote_types(weight.dtype, torch.float64))
+    covariance = x.T @ x.conj() / max(1, len(x))
+    # directions that no input has are left to the plain distance, at a millionth of the weight
+    scale = covariance.diagonal().real.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return covariance + 1e-6 * scale * torch.eye(plan.in_features, dtype=x.dtype, device=x.device)
 
 
-def _project_one(plan: Plan, term: Term, tensor: Tensor) -> dict[str, Tensor]:
-    # an axis at both ends is read on its diagonal; one that shares the factor is averaged over
-    (step,) = term.steps
-    return {term.names[0]: _rearrange(plan, tensor, term.y + term.x, step.w) / plan.size(step.free)}
+def _project_supports(plan: Plan, weight: Tensor) -> dict[str, Tensor]:
+    # every parameter stands at one entry; where terms overlap the smallest solution gives each the same part
+    ones = {name: weight.new_ones(shape) for name, shape in plan.shapes.items()}
+    cover = torch.stack([matrix(plan, term, ones) for term in plan.terms]).real.sum(0).clamp(min=1)
+    factors: dict[str, Tensor] = {}
+    for term in plan.terms:
+        factors |= _project_train(plan, term, weight / cover)
+    return factors
 
 
-def _project_two(plan: Plan, term: Term, tensor: Tensor) -> dict[str, Tensor]:
-    first, second = term.weights
-    ends = {*term.x, *term.y}
-    shared = tuple(a for a in first if a in second)
-    batch = tuple(a for a in shared if a in ends)
-    hidden = tuple(a for a in shared if a not in ends)
-    rows = tuple(a for a in second if a not in shared)
-    columns = tuple(a for a in first if a not in shared)
-    blocks = _rearrange(plan, tensor, term.y + term.x, batch + rows + columns)
-    blocks = blocks.reshape(plan.size(batch), plan.size(rows), plan.size(columns))
-    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-    rank = plan.size(hidden)
-    kept = min(rank, s.shape[-1])
-    root = s[:, :kept].sqrt()
-    up = blocks.new_zeros(*blocks.shape[:2], rank)
-    down = blocks.new_zeros(blocks.shape[0], rank, blocks.shape[2])
-    up[..., :kept] = u[..., :kept] * root[:, None]
-    down[:, :kept] = vh[:, :kept] * root[..., None]
-    return {
-        term.names[0]: _split(plan, down, batch + hidden + columns, first),
-        term.names[1]: _split(plan, up, batch + rows + hidden, second),
-    }
+def _fit_sum(
+    plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None
+) -> dict[str, Tensor]:  # fmt: skip
+    """Each term in turn against what the others leave, until the error no longer falls."""
+    weight = weight if covariance is None else weight.to(covariance.dtype)
+    factors, sweeps = dict(start), SWEEPS if len(plan.terms) == 1 else 2
+    parts = [matrix(plan, term, start).to(weight.dtype) if start else torch.zeros_like(weight) for term in plan.terms]
+    residual, whole = weight - torch.stack(parts).sum(0), least_squares.size(weight, covariance)
+    last = least_squares.size(residual, covariance) if start else float("inf")
+    for _ in range(SWEEPS):
+        for i, term in enumerate(plan.terms):
+            target = residual + parts[i]
+            factors |= _fit_term(plan, term, target, factors, covariance, sweeps)
+            parts[i] = matrix(plan, term, factors).to(weight.dtype)
+            residual = target - parts[i]
+        error = least_squares.size(residual, covariance)
+        if len(plan.terms) == 1 or not least_squares.falls(error, last, whole):
+            break
+        last = error
+    return factors
 
 
-def _split(plan: Plan, tensor: Tensor, have: Axes, want: Axes) -> Tensor:
-    return _rearrange(plan, tensor.reshape(plan.shape(have)), have, want)
+def _fit_term(
+    plan: Plan, term: Term, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None, sweeps: int
+) -> dict[str, Tensor]:
+    """The term nearest to ``weight``: in closed form, or from the factors in ``start`` if they are there."""
+    if covariance is None and _is_train(term):
+        return _project_train(plan, term, weight)
+    if covariance is not None and least_squares.is_blockwise(term):
+        return least_squares.fit_blocks(plan, term, weight, start, covariance, sweeps)
+    return least_squares.alternate(plan, term, weight, start, covariance, sweeps)
 
 
-def _rearrange(plan: Plan, tensor: Tensor, have: Axes, want: Axes) -> Tensor:
+def _is_train(term: Term) -> bool:
+    """Whether taking factors off one by one leaves, each time, a chain of the same kind."""
+    known = {*term.x, *term.y}
+    for i, first in enumerate(term.weights[:-1]):
+        following = term.weights[i + 1]
+        shared = {a for a in first if any(a in w for w in term.weights[i + 1 :])}
+        later = {a for w in term.weights[i + 2 :] for a in w}
+        if not shared <= {*following} or (shared - known) & later:
+            return False
+        known |= shared
+    return True
+
+
+def _project_train(plan: Plan, term: Term, weight: Tensor) -> dict[str, Tensor]:
+    used = {a for w in term.weights for a in w}
+    have = tuple(a for a in dict.fromkeys(term.y + term.x) if a in used)
+    # an axis at both ends is read on its diagonal; one that no factor sees repeats the matrix, whose mean is nearest
+    repeats = plan.size(a for a in term.x if a not in used)
+    tensor = rearrange(plan, weight.reshape(plan.shape(term.y + term.x)), term.y + term.x, have) / repeats
+    factors: dict[str, Tensor] = {}
+    for i, (name, first) in enumerate(zip(term.names[:-1], term.weights[:-1], strict=True)):
+        shared = tuple(a for a in first if any(a in w for w in term.weights[i + 1 :]))
+        batch, hidden = tuple(a for a in shared if a in have), tuple(a for a in shared if a not in have)
+        rows, columns = tuple(a for a in have if a not in first), tuple(a for a in first if a not in shared)
+        blocks = rearrange(plan, tensor, have, batch + rows + columns)
+        blocks = blocks.reshape(plan.size(batch), plan.size(rows), plan.size(columns))
+        up, down = least_squares.truncated(blocks, plan.size(hidden))
+        have, split = batch + rows + hidden, batch + hidden + columns
+        factors[name] = rearrange(plan, down.reshape(plan.shape(split)), split, first)
+        tensor = up.reshape(plan.shape(have))
+    factors[term.names[-1]] = rearrange(plan, tensor, have, term.weights[-1])
+    return factors
+
+
+def rearrange(plan: Plan, tensor: Tensor, have: Axes, want: Axes) -> Tensor:
+    """``tensor`` with axes ``have`` as one with ``want``: a repeated axis on its diagonal, a missing one summed."""
     letters = dict(zip(plan.sizes, string.ascii_letters, strict=False))
     spell = ("".join(letters[axis] for axis in axes) for axes in (have, want))
     return torch.einsum("->".join(spell), tensor)

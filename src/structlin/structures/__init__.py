@@ -1,11 +1,35 @@
 """One file per structure: its hyperparameters and its plan. Importing this package registers them all."""
 
+from .algebra import Product, Sum, Transpose
+from .blast import Blast
+from .block_dense import BlockDense
 from .block_diagonal import BlockDiagonal
+from .block_shuffle import BlockShuffle
 from .btt import BTT
+from .chain import Chain
 from .dense import Dense
 from .dyad import Dyad
+from .einsum import Einsum
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .monarch import Monarch
+from .tensor_train import TensorTrain
 
-__all__ = ["BTT", "BlockDiagonal", "Dense", "Dyad", "Kronecker", "LowRank", "Monarch"]
+__all__ = [
+    "BTT",
+    "Blast",
+    "BlockDense",
+    "BlockDiagonal",
+    "BlockShuffle",
+    "Chain",
+    "Dense",
+    "Dyad",
+    "Einsum",
+    "Kronecker",
+    "LowRank",
+    "Monarch",
+    "Product",
+    "Sum",
+    "TensorTrain",
+    "Transpose",
+]

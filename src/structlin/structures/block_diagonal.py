@@ -6,19 +6,37 @@ from collections.abc import Iterator
 from typing import Self
 
 from ..plan import Plan
-from ..spec import Spec, divide, register
+from ..spec import Spec, register
+from ..widths import divide
 
 
 @register("block_diagonal")
 class BlockDiagonal(Spec):
-    """``nblocks`` dense blocks on the diagonal; factor ``blocks`` (nblocks, out/nblocks, in/nblocks)."""
+    """``nblocks`` dense blocks on the diagonal; factor ``blocks`` (nblocks, out/nblocks, in/nblocks).
+
+    With ``shuffle`` the input channels are shuffled first as in ShuffleNet (Zhang et al. 2018; `BlockdiagLinear` of
+    Dao et al. 2022): the input, read as (group, channel), is written as (channel, group), so that every block sees a
+    part of every group. ``nblocks**2`` must divide in_features then, and the factor is
+    (nblocks, out/nblocks, in/nblocks**2, nblocks).
+    """
 
     nblocks: int = 4
+    shuffle: bool = False
 
     def plan(self, out_features: int, in_features: int) -> Plan:
-        o, i = divide("nblocks", self.nblocks, out_features=out_features, in_features=in_features)
-        return Plan.einsum("g i, g o i -> g o", names=["blocks"], g=self.nblocks, i=i, o=o)
+        n = self.nblocks
+        o, i = divide("nblocks", n, out_features=out_features, in_features=in_features)
+        if not self.shuffle:
+            return Plan.einsum("g i, g o i -> g o", names=["blocks"], g=n, i=i, o=o)
+        if i % n:
+            fitting = (d for d in range(1, n) if in_features % d**2 == 0 and out_features % d == 0)
+            raise ValueError(
+                f"nblocks={n} with shuffle=True: {n}**2 does not divide in_features={in_features}; "
+                f"smaller nblocks that fit: {', '.join(map(str, fitting)) or 'none'}"
+            )
+        return Plan.einsum("c g i, g o i c -> g o", names=["blocks"], c=n, g=n, i=i // n, o=o)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(nblocks=4), (24, 16)
+        yield cls(nblocks=2, shuffle=True), (6, 16)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Literal, Self
 
 from ..plan import Plan
-from ..spec import Spec, divide, register
+from ..spec import Spec, register
+from ..widths import divide
 
 VARIANTS = {"it": ("k g", "g n"), "ot": ("g k", "n g"), "dt": ("k g", "n g")}
 

@@ -7,21 +7,26 @@ from typing import Self
 
 from ..plan import Plan
 from ..spec import Spec, register
+from ..widths import share
 
 
 @register("low_rank")
 class LowRank(Spec):
-    """``W = up @ down`` with ``down`` (rank, in_features) and ``up`` (out_features, rank)."""
+    """``W = up @ down`` with ``down`` (rank, in_features) and ``up`` (out_features, rank).
 
-    rank: int = 8
+    Rank is a whole number or a fraction of min(out_features, in_features): ``low_rank:rank=0.25``.
+    """
+
+    rank: int | float = 8
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         limit = min(out_features, in_features)
-        if self.rank > limit:
-            raise ValueError(f"rank={self.rank} exceeds min(out_features, in_features); rank may be 1 to {limit}")
-        return Plan.einsum("i, r i, o r -> o", names=["down", "up"], i=in_features, r=self.rank, o=out_features)
+        rank = share(self.rank, limit)
+        if rank > limit:
+            raise ValueError(f"rank={rank} exceeds min(out_features, in_features); rank may be 1 to {limit}")
+        return Plan.einsum("i, r i, o r -> o", names=["down", "up"], i=in_features, r=rank, o=out_features)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(rank=4), (24, 16)
-        yield cls(rank=16), (16, 24)
+        yield cls(rank=0.5), (16, 24)

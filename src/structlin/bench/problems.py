@@ -1,0 +1,124 @@
+"""What is measured, as data: a problem is a structure at a shape, a preset a list of problems.
+
+Written as on the command line, ``SPEC@OUTxIN``, and read when asked for, so that a preset is as easy to change as to
+read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from ..plan import Plan
+from ..spec import Spec, parse
+
+WIDTHS = (512, 1024, 2048, 4096, 8192)
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    # every structure once, small enough for two CPU cores
+    "smoke": (
+        "low_rank:rank=128@512x512",
+        "block_diagonal:nblocks=4@512x512",
+        "kronecker@512x512",
+        "monarch:nblocks=4@1024x256",
+        "monarch:nblocks=4:order=blocked@1024x256",
+        "dyad:nblocks=4@1024x256",
+        "btt:rank=1@1024x1024",
+    ),
+    # linear layers of transformers from 768 to 4096 wide, both output orders of monarch, every structure once
+    "h200": (
+        "monarch:nblocks=4@3072x768",
+        "monarch:nblocks=4:order=blocked@3072x768",
+        "monarch:nblocks=4@4096x1024",
+        "monarch:nblocks=4:order=blocked@4096x1024",
+        "monarch:nblocks=8@2048x2048",
+        "monarch:nblocks=8:order=blocked@2048x2048",
+        "monarch:nblocks=8@8192x2048",
+        "monarch:nblocks=8:order=blocked@8192x2048",
+        "monarch:nblocks=4@4096x4096",
+        "monarch:nblocks=4:order=blocked@4096x4096",
+        "monarch:nblocks=16@4096x4096",
+        "monarch:nblocks=16:order=blocked@4096x4096",
+        "monarch:nblocks=16@16384x4096",
+        "monarch:nblocks=16:order=blocked@16384x4096",
+        "dyad:nblocks=4@4096x1024",
+        "dyad:nblocks=8@4096x4096",
+        "btt:rank=1@4096x4096",
+        "btt:rank=4@4096x4096",
+        "low_rank:rank=1024@4096x4096",
+        "block_diagonal:nblocks=8@4096x4096",
+        "kronecker@4096x4096",
+        "tensor_train:cores=2:rank=8@4096x4096",
+        "block_dense:nblocks=4:rank=1024@4096x4096",
+        "block_shuffle:nblocks=8@4096x4096",
+        "blast:nblocks=16:rank=1024@4096x4096",
+        "einsum:dims=16x1x256x1x256x16x8@4096x4096",
+        "block_diagonal:nblocks=8+low_rank:rank=128@4096x4096",
+    ),
+    # square layers, for the picture of speed-up against width
+    "widths": (
+        *(f"low_rank:rank={width // 4}@{width}x{width}" for width in WIDTHS),
+        *(f"monarch:nblocks=8@{width}x{width}" for width in WIDTHS),
+        *(f"dyad:nblocks=8@{width}x{width}" for width in WIDTHS),
+        *(f"btt:rank=1@{width}x{width}" for width in WIDTHS),
+    ),
+}
+"""Problems by preset."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A structure at a shape: ``monarch:nblocks=4@3072x768`` has 3072 outputs and 768 inputs."""
+
+    spec: Spec
+    out_features: int
+    in_features: int
+
+    @property
+    def plan(self) -> Plan:
+        """The matrix; raises ValueError when the shape does not fit the structure."""
+        return self.spec.plan(self.out_features, self.in_features)
+
+    @property
+    def shape(self) -> str:
+        """``"3072x768"``: outputs, then inputs, as the weight of ``nn.Linear`` is stored."""
+        return f"{self.out_features}x{self.in_features}"
+
+    def __str__(self) -> str:
+        return f"{self.spec}@{self.shape}"
+
+
+def read(text: str) -> Problem:
+    """The problem written as ``SPEC@OUTxIN``.
+
+    >>> print(read("dyad:nblocks=8@4096x1024").plan)
+    g k, g n k -> g n  +  k g, g n k -> g n
+
+    Raises:
+        ValueError: for another form, an unknown structure, or a shape that does not fit it.
+    """
+    found = re.fullmatch(r"(.+)@(\d+)x(\d+)", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is not of the form SPEC@OUTxIN, as in monarch:nblocks=4@3072x768")
+    problem = Problem(parse(found[1]), int(found[2]), int(found[3]))
+    if not (problem.out_features and problem.in_features):
+        raise ValueError(f"{text!r} has no features; widths start at 1")
+    try:
+        problem.plan  # noqa: B018, raises when the shape does not fit
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    return problem
+
+
+def preset(name: str) -> tuple[Problem, ...]:
+    """The problems of a preset.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name!r} is unknown; {hint}allowed: {', '.join(PRESETS)}")
+    return tuple(read(text) for text in PRESETS[name])

@@ -1,0 +1,1 @@
+"""Small models to train and measure structures in."""

@@ -1,0 +1,243 @@
+"""Fitting the factors of one term to a matrix where no single SVD does it, for all inputs or for typical ones.
+
+Each factor alone is a linear least-squares problem whose normal equations are a small einsum of the other factors, so
+one solver serves every chain (BLAST, products of structures, weighted Kronecker). Two factors over column blocks of the
+input are fitted block by block instead, each exactly, by the SVD of a whitened matrix.
+"""
+
+from __future__ import annotations
+
+import string
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .. import analysis
+from ..ops import reference
+from ..plan import Axes, Plan, Term
+
+LARGE = 128  # matrices above this size are split by eigenvectors where single precision is wanted
+LARGEST = 4096  # unknowns of one system of normal equations
+PROGRESS = 1e-5  # a fit goes on while a sweep lowers the squared error by this share of it
+
+
+def truncated(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(batch, rows, columns) -> the nearest product of (batch, rows, rank) and (batch, rank, columns)."""
+    if blocks.dtype in (torch.float32, torch.complex64) and min(blocks.shape[1:]) > LARGE:
+        return _truncated_by_gram(blocks, rank)
+    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+    kept = min(rank, s.shape[-1])
+    root = s[..., :kept].sqrt()
+    up = blocks.new_zeros(*blocks.shape[:2], rank)
+    down = blocks.new_zeros(blocks.shape[0], rank, blocks.shape[2])
+    up[..., :kept] = u[..., :kept] * root[..., None, :]
+    down[:, :kept] = vh[:, :kept] * root[..., None]
+    return up, down
+
+
+def matrix(plan: Plan, term: Term, factors: dict[str, Tensor]) -> Tensor:
+    """The (out_features, in_features) matrix of one term."""
+    first = factors[term.names[0]]
+    z = torch.eye(plan.in_features, dtype=first.dtype, device=first.device).reshape(-1, *plan.shape(term.x))
+    for name, step in zip(term.names, term.steps, strict=True):
+        z = reference.contract(z, factors[name], step.equation)
+    return z.reshape(-1, plan.out_features).T
+
+
+def _truncated_by_gram(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    # the eigenvectors of the smaller Gram matrix, in float64, are single precision singular vectors at a fraction of
+    # the time of an SVD
+    if blocks.shape[1] > blocks.shape[2]:
+        up, down = _truncated_by_gram(blocks.mT, rank)
+        return down.mT, up.mT
+    up = blocks.new_zeros(*blocks.shape[:2], rank)
+    down = blocks.new_zeros(blocks.shape[0], rank, blocks.shape[2])
+    kept = min(rank, blocks.shape[1])
+    for i, block in enumerate(blocks):  # one by one: float64 copies of all would be large
+        wide = block.to(torch.promote_types(block.dtype, torch.float64))
+        square, vectors = torch.linalg.eigh(wide @ wide.mH)
+        square, vectors = square[-kept:], vectors[:, -kept:]
+        root = torch.where(square > 1e-15 * square[-1], square, torch.inf) ** 0.25  # the others are rounding
+        up[i, :, :kept] = torch.where(root.isfinite(), vectors * root, 0)
+        down[i, :kept] = vectors.mH @ wide / root[:, None]
+    return up, down
+
+
+def size(weight: Tensor, covariance: Tensor | None) -> float:
+    """Squared norm of a matrix, or of its outputs over inputs of this covariance."""
+    if covariance is None:
+        return float(weight.abs().square().sum())
+    return float(((weight @ covariance) * weight.conj()).real.sum())
+
+
+def falls(error: float, last: float, whole: float) -> bool:
+    """Whether another sweep is worth it: the error fell, and is not yet rounding."""
+    return last - error > PROGRESS * error and error > 1e-24 * whole
+
+
+def alternate(
+    plan: Plan, term: Term, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None, sweeps: int
+) -> dict[str, Tensor]:
+    """Least squares for one factor after the other, in float64, until the error no longer falls.
+
+    Factors start from ``start`` where they are there, else from seeded random ones.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        name: start[name].to(dtype)
+        if name in start
+        else torch.randn(plan.shapes[name], generator=generator, dtype=torch.float64).to(weight.device, dtype)
+        * analysis.init_std(plan, name)
+        for name in term.names
+    }
+    system = _System(plan, term, weight.to(dtype), covariance)
+    before, last = factors, float("inf")
+    for sweep in range(sweeps):
+        if sweep > 2:
+            # a step ahead in the direction of the last sweep, longer and longer, where that pays (Bro 1998)
+            ahead = {n: f + sweep ** (1 / 3) * (f - before[n]) for n, f in factors.items()}
+            before = factors
+            factors = ahead if system.error(ahead) < last else factors
+        else:
+            before = factors
+        for name in term.names:
+            factors = factors | {name: system.solve(name, factors)}
+        error = system.error(factors)
+        if len(term.names) == 1 or not falls(error, last, system.whole):
+            break
+        last = error
+    return factors
+
+
+class _System:
+    """The normal equations of every factor of one term."""
+
+    def __init__(self, plan: Plan, term: Term, weight: Tensor, covariance: Tensor | None) -> None:
+        self.plan, self.term, self.weight, self.covariance = plan, term, weight, covariance
+        self.whole = size(weight, covariance)
+        used = {a for w in term.weights for a in w}
+        self.repeats = plan.size(a for a in term.x if a not in used) if covariance is None else 1
+        target = weight if covariance is None else weight @ covariance
+        self.target = target.reshape(plan.shape(term.y + term.x))
+        self.axes = dict(zip(term.names, term.weights, strict=True))
+        # of an axis that is summed twice, once for each copy of the other factors, the second copy is primed
+        fixed = {*term.y} if covariance is not None else {*term.y, *term.x}
+        self.moving = {a for axes in (term.x, *term.weights) for a in axes if a not in fixed}
+        names = [*plan.sizes, *(f"{a}'" for a in sorted(self.moving))]
+        self.letters = dict(zip(names, string.ascii_letters, strict=False))
+
+    def solve(self, name: str, factors: dict[str, Tensor]) -> Tensor:
+        """The best factor ``name`` for the others as they are."""
+        axes, others = self.axes[name], [other for other in self.term.names if other != name]
+        unknown = tuple(a for a in axes if a in self.moving)
+        seen = {a for other in others for a in self.axes[other]}
+        if self.covariance is not None:
+            seen |= {*self.term.x}
+        batch = tuple(a for a in axes if a not in self.moving and a in seen)
+        apart = tuple(a for a in axes if a not in self.moving and a not in seen)
+        n = self.plan.size(unknown)
+        if n > LARGEST:
+            raise ValueError(
+                f"fitting {name} of {self.plan} to inputs is a system of {n} unknowns, more than {LARGEST}; "
+                "project without inputs"
+            )
+        gram = self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats
+        right = self._einsum(
+            [(self.target, self.term.y + self.term.x), *((factors[o].conj(), self.axes[o]) for o in others)],
+            batch + unknown + apart,
+        )
+        ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None] + torch.finfo(gram.real.dtype).tiny
+        gram = gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
+        found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1))
+        return self._einsum([(found.reshape(right.shape), batch + unknown + apart)], axes)
+
+    def _gram(self, others: list[str], batch: Axes, unknown: Axes, factors: dict[str, Tensor]) -> Tensor:
+        operands = [(factors[o].conj(), self.axes[o]) for o in others]
+        operands += [(factors[o], self._primed(self.axes[o])) for o in others]
+        if self.covariance is not None:
+            shape = self.plan.shape(self.term.x)
+            operands.append((self.covariance.reshape(shape + shape), self._primed(self.term.x) + self.term.x))
+        if not operands:
+            return self.target.new_ones(1)
+        return self._einsum(operands, batch + unknown + self._primed(unknown))
+
+    def _primed(self, axes: Axes) -> Axes:
+        return tuple(f"{a}'" if a in self.moving else a for a in axes)
+
+    def _einsum(self, operands: list[tuple[Tensor, Axes]], want: Axes) -> Tensor:
+        spell = ",".join("".join(self.letters[a] for a in axes) for _, axes in operands)
+        result: Tensor = torch.einsum(f"{spell}->{''.join(self.letters[a] for a in want)}", *(t for t, _ in operands))
+        return result
+
+    def error(self, factors: dict[str, Tensor]) -> float:
+        """Squared error of the factors."""
+        return size(self.weight - matrix(self.plan, self.term, factors), self.covariance)
+
+
+def is_blockwise(term: Term) -> bool:
+    """Whether a term is two factors, the first with columns of the input alone, the second with rows of the output."""
+    if len(term.weights) != 2:
+        return False
+    first, second = term.weights
+    columns, rows = {*first} - {*second}, {*second} - {*first}
+    everything = {*first, *second} >= {*term.x, *term.y}
+    return everything and columns <= {*term.x} - {*term.y} and rows <= {*term.y} - {*term.x}
+
+
+def fit_blocks(
+    plan: Plan, term: Term, weight: Tensor, start: dict[str, Tensor], covariance: Tensor, sweeps: int
+) -> dict[str, Tensor]:
+    """Two factors that minimise the error over inputs of this covariance, from the factors in ``start``.
+
+    Column blocks of the input are fitted one after the other, each exactly given the rest; a single one is optimal.
+    """
+    first, second = term.weights
+    shared = tuple(a for a in first if a in second)
+    hidden = tuple(a for a in shared if a not in {*term.x, *term.y})
+    outer = tuple(a for a in shared if a in term.x and a not in term.y)  # column blocks that add up
+    both = tuple(a for a in shared if a in term.x and a in term.y)  # blocks that do not meet
+    inner = tuple(a for a in shared if a in term.y and a not in term.x)
+    rows, columns = tuple(a for a in second if a not in shared), tuple(a for a in first if a not in shared)
+    inputs = _indices(plan, term.x, (outer, both, columns), weight.device)
+    outputs = _indices(plan, term.y, (both, inner, rows), weight.device)
+    k, g, c = inputs.shape
+    (_, j, r), h = outputs.shape, plan.size(hidden)
+    from_down, from_up = outer + both + inner + hidden + columns, outer + both + inner + rows + hidden
+    down = start[term.names[0]].to(weight.dtype).permute([first.index(a) for a in from_down]).reshape(k, g, j, h, c)
+    up = start[term.names[1]].to(weight.dtype).permute([second.index(a) for a in from_up]).reshape(k, g, j, r, h)
+    down, up = down.clone(), up.clone()
+    whitened = {}
+    for block in product(range(k), range(g)):
+        cover = covariance[inputs[block][:, None], inputs[block]]
+        whitened[block] = torch.linalg.cholesky(cover)
+    residual, whole = weight.clone(), size(weight, covariance)
+    for block in whitened:
+        residual[outputs[block[1]].flatten()[:, None], inputs[block]] -= (up[block] @ down[block]).reshape(-1, c)
+    last = size(residual, covariance)
+    for _ in range(sweeps):
+        for block, root in whitened.items():
+            into, out = inputs[block], outputs[block[1]].flatten()
+            own = (up[block] @ down[block]).reshape(-1, c)
+            residual[out[:, None], into] += own
+            # what this block would be if it were free: the regression of what is left on its inputs
+            free = torch.cholesky_solve((residual[out] @ covariance[:, into]).mH, root).mH.reshape(j, r, c)
+            up[block], scaled = truncated(free @ root, h)
+            down[block] = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)
+            residual[out[:, None], into] -= (up[block] @ down[block]).reshape(-1, c)
+        error = size(residual, covariance)
+        if k == 1 or not falls(error, last, whole):
+            break
+        last = error
+    return {
+        term.names[0]: down.reshape(plan.shape(from_down)).permute([from_down.index(a) for a in first]),
+        term.names[1]: up.reshape(plan.shape(from_up)).permute([from_up.index(a) for a in second]),
+    }
+
+
+def _indices(plan: Plan, axes: Axes, groups: tuple[Axes, ...], device: torch.device) -> Tensor:
+    """Indices of the features read as ``axes``, one dimension for each of ``groups``."""
+    order = [axes.index(a) for group in groups for a in group]
+    index = torch.arange(plan.size(axes), device=device).reshape(plan.shape(axes)).permute(order)
+    return index.reshape([plan.size(group) for group in groups])

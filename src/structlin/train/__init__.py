@@ -1,0 +1,1 @@
+"""Training of one model per structure on the same text, and the runner that compares them."""

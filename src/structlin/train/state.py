@@ -1,0 +1,81 @@
+"""A training run on disk: one safetensors file with weights and optimizer state, and the rest as JSON in its header.
+
+One file replaced in one step is always whole, whenever the process dies; two files could disagree. Batches are a
+function of the step, so a run continues from here as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn, optim
+
+from ..report import records
+
+
+@dataclass
+class State:
+    """How far a run is: steps done, seconds spent in them, peak memory in bytes, and its curves so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    series: dict[str, list[float]] = field(
+        default_factory=lambda: {"step": [], "seconds": [], "train_loss": [], "valid_loss": []}
+    )
+
+
+def save(path: Path, state: State, model: nn.Module, optimizer: optim.Optimizer, environment: dict[str, Any]) -> None:
+    """Replace the file at ``path`` by this moment of a run.
+
+    Raises:
+        OSError: when it cannot be written; the file before it stays.
+    """
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
+    header = {"state": json.dumps(dataclasses.asdict(state)), "environment": json.dumps(environment)}
+    records.write_bytes(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: dict[str, Any]) -> State:
+    """Put ``model`` and ``optimizer`` where `save` left them.
+
+    Raises:
+        ValueError: when the file is damaged, of another model, or of another environment (versions, device), which
+            would round differently. Model and optimizer are unchanged then.
+    """
+    data = path.read_bytes()
+    try:
+        header = _header(data)
+        tensors = safetensors.torch.load(data)
+        state = State(**json.loads(header["state"]))
+        before = json.loads(header["environment"])
+    except (KeyError, TypeError, ValueError, struct.error, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if before != environment:
+        changed = [name for name in {**before, **environment} if before.get(name) != environment.get(name)]
+        raise ValueError(f"{path} was written with other {', '.join(changed)}")
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            moments.setdefault(int(index), {})[name] = value
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in model.state_dict().items()}:
+        raise ValueError(f"{path} is of another model")
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return state
+
+
+def _header(data: bytes) -> dict[str, str]:
+    (length,) = struct.unpack("<Q", data[:8])
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata

@@ -1,0 +1,86 @@
+"""How the width of a layer divides: into equal parts, into even digits, into a rank; and what to say when it does not.
+
+Nothing is ever rounded or padded in silence: a width that does not fit is an error that names the values that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from math import gcd, prod
+
+
+def divide(what: str, parts: int, **sizes: int) -> tuple[int, ...]:
+    """Each of ``sizes`` divided by ``parts``, exactly.
+
+    >>> divide("nblocks", 4, in_features=64, out_features=32)
+    (16, 8)
+
+    Raises:
+        ValueError: naming the parameter ``what``, the size that it does not divide, and the values that would do.
+    """
+    for name, size in sizes.items():
+        if size % parts:
+            raise ValueError(f"{what}={parts} does not divide {name}={size}; {_fitting(what, gcd(*sizes.values()))}")
+    return tuple(size // parts for size in sizes.values())
+
+
+@cache
+def balanced(size: int, parts: int = 2) -> tuple[int, ...]:
+    """The factors of ``size`` that are nearest to each other, ascending: ``balanced(768) == (24, 32)``.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"a width of {size} has no factors; widths start at 1")
+    return min(_ascending(size, parts, 1), key=sum)
+
+
+def greedy(size: int, parts: int = 2) -> tuple[int, ...]:
+    """The factors that the published code takes, each prime into the smallest so far: ``greedy(768) == (16, 48)``."""
+    factors, prime = [1] * parts, 2
+    while size > 1:
+        if size % prime:
+            prime += 1 if prime * prime <= size else size - prime
+        else:
+            factors[factors.index(min(factors))] *= prime
+            size //= prime
+    return tuple(sorted(factors))
+
+
+def digits(what: str, size: int, dims: tuple[int, ...] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """How a feature index is read, slowest digit first: ``dims`` if given, else ``default``.
+
+    Raises:
+        ValueError: when ``dims`` do not multiply to ``size`` or are not as many as ``default``.
+    """
+    if dims is None:
+        return default
+    if prod(dims) != size or len(dims) != len(default):
+        wanted = f"must be {len(default)} numbers whose product is {size}"
+        raise ValueError(f"{what}={_joined(dims)} {wanted}; one choice is {_joined(default)}")
+    return dims
+
+
+def share(rank: int | float, size: int) -> int:
+    """A rank that may be given as a fraction of ``size``: the nearest whole number, at least 1."""
+    return rank if isinstance(rank, int) else max(1, round(rank * size))
+
+
+def _ascending(size: int, parts: int, least: int) -> Iterator[tuple[int, ...]]:
+    if parts == 1:
+        yield (size,)
+    for d in range(least, round(size ** (1 / parts)) + 1) if parts > 1 else ():
+        if size % d == 0 and d**parts <= size:
+            yield from ((d, *rest) for rest in _ascending(size // d, parts - 1, d))
+
+
+def _fitting(what: str, size: int) -> str:
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    shown = divisors if len(divisors) <= 12 else [*divisors[:11], "...", divisors[-1]]
+    return f"{what} may be {', '.join(map(str, shown))}"
+
+
+def _joined(dims: tuple[int, ...]) -> str:
+    return "x".join(map(str, dims))

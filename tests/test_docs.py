@@ -1,0 +1,85 @@
+"""What the documents say is true: their Python runs, their commands and links exist, and docstring examples hold."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import structlin
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(structlin.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Every Python block of a page, with the file that its title names, or an empty string."""
+    pattern = r"^```python(?: title=\"([^\"\n]*)\")?\n(.*?)^```$"
+    return re.findall(pattern, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "".join(code for _, code in blocks(ROOT / "README.md"))
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "autoencoder" / "structures.json").exists()
+
+
+@pytest.mark.slow
+def test_contributing_adds_a_structure(tmp_path: Path) -> None:
+    for name in ("src", "tests", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    titled = {title: code for title, code in blocks(ROOT / "CONTRIBUTING.md") if title}
+    assert len(titled) == 3
+    (name,) = (Path(title).stem for title in titled if not (ROOT / title).exists())
+    (dense_forms,) = (title for title in titled if title.startswith("tests/"))
+    for title, code in titled.items():
+        with (tmp_path / title).open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{code}")
+    with (tmp_path / dense_forms).open("a", encoding="utf-8") as file:
+        file.write(f'\n\nDENSE_FORMS["{name}"] = {name}\n')
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", f"{name} or without_one", "tests/contract", "tests/papers"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_hold(name: str) -> None:
+    module = importlib.import_module(name)
+    names = {"torch": torch, "nn": torch.nn, **{name: getattr(structlin, name) for name in structlin.__all__}}
+    assert doctest.testmod(module, globs={**names, **vars(module)}).failed == 0
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@every_page
+def test_commands_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), f"{page.name} says `make {target}`"

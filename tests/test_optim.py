@@ -1,0 +1,121 @@
+"""Learning rates: who gets which, and that one step of Adam moves a structured layer as far as a dense one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import structlin as sl
+from structlin import analysis
+from structlin.spec import STRUCTURES
+
+
+def rates(model, **how):
+    """Parameter name -> (learning rate, weight decay)."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = sl.param_groups(model, **how)
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def mixed():
+    return nn.Sequential(
+        nn.Embedding(8, 16), nn.Linear(16, 16), sl.StructuredLinear(16, 24, sl.LowRank(4)), nn.LayerNorm(24)
+    )
+
+
+def test_factors_get_the_rate_of_their_fan_in_and_everything_else_the_rate_given():
+    assert rates(mixed(), lr=0.5, weight_decay=0.1) == {
+        "0.weight": (0.5, 0.1),
+        "1.weight": (0.5, 0.1),
+        "1.bias": (0.5, 0.0),
+        "2.down": (0.5 * 16 / 16 / 2, 0.1),
+        "2.up": (0.5 * 16 / 4 / 2, 0.1),
+        "2.bias": (0.5, 0.0),
+        "3.weight": (0.5, 0.0),
+        "3.bias": (0.5, 0.0),
+    }
+
+
+def test_parameters_of_one_rate_are_one_group_in_the_order_of_the_model():
+    groups = sl.param_groups(mixed(), lr=0.5, weight_decay=0.1)
+    assert [len(group["params"]) for group in groups] == [2, 4, 1, 1]
+    assert all(group.keys() == {"params", "lr", "weight_decay"} for group in groups)
+    torch.optim.SGD(groups)
+
+
+def test_there_is_no_decay_unless_asked_for():
+    assert {decay for _, decay in rates(mixed(), lr=0.5).values()} == {0.0}
+
+
+def test_a_dense_spec_is_treated_as_a_linear_layer():
+    dense, linear = sl.StructuredLinear(16, 24, sl.Dense()), nn.Linear(16, 24)
+    assert rates(dense, lr=0.5, weight_decay=0.1) == rates(linear, lr=0.5, weight_decay=0.1)
+
+
+def test_frozen_parameters_are_left_out_and_shared_ones_occur_once():
+    model = mixed()
+    model[2].up.requires_grad_(False)
+    model.append(sl.StructuredLinear(16, 24, sl.LowRank(4)))
+    model[4].down = model[2].down
+    model.append(model[1])
+    found = [p for group in sl.param_groups(model, lr=0.5) for p in group["params"]]
+    assert len(found) == len({id(p) for p in found})
+    assert {id(p) for p in found} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(p is not model[2].up for p in found)
+    assert rates(model, lr=0.5)["2.down"][0] == 0.25
+
+
+def test_a_parametrized_factor_keeps_its_rate():
+    layer = sl.StructuredLinear(16, 24, sl.LowRank(4), bias=False)
+    parametrizations.weight_norm(layer, "up")
+    assert rates(layer, lr=0.5) == {
+        "down": (0.25, 0.0),
+        "parametrizations.up.original0": (1.0, 0.0),
+        "parametrizations.up.original1": (1.0, 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("lr", "decay"), [(-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (0.1, -1e-9), (0.1, float("nan"))]
+)
+def test_a_rate_that_is_none_is_refused(lr, decay):
+    with pytest.raises(ValueError, match=f"lr={lr} and weight_decay={decay} must be finite and not negative"):
+        sl.param_groups(mixed(), lr=lr, weight_decay=decay)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        sl.param_groups(mixed().requires_grad_(False), lr=0.1)
+
+
+def change(spec, width):
+    """Root mean square of what one step of Adam does to the output of a square layer."""
+    torch.manual_seed(0)
+    layer = sl.StructuredLinear(width, width, spec, bias=False)
+    x, cotangent = torch.randn(2, 64, width)
+    optimizer = torch.optim.Adam(sl.param_groups(layer, lr=1e-4))
+    before = layer(x)
+    (before * cotangent).sum().backward()
+    optimizer.step()
+    return (layer(x) - before).square().mean().sqrt().item()
+
+
+def defaults():
+    for cls in STRUCTURES.values():
+        try:
+            spec = cls()
+            spec.plan(64, 64)
+        except (TypeError, ValueError):
+            continue
+        yield spec
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("spec", [*defaults(), sl.BTT(rank=4), sl.LowRank(rank=32)], ids=str)
+def test_one_step_moves_the_output_as_far_as_that_of_a_dense_layer(spec, width):
+    assert 0.3 < change(spec, width) / change(sl.Dense(), width) < 3
+
+
+def test_without_the_scales_one_step_would_not(monkeypatch):
+    monkeypatch.setattr(analysis, "lr_scale", lambda plan, name: 1.0)
+    assert change(sl.BTT(), 256) / change(sl.Dense(), 256) < 0.3
