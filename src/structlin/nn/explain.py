@@ -46,6 +46,10 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
         runs = {"reference": "einsum", "copy": "copies and bmm"}[layer.backend]
         equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
         return Explanation([Ran(equation, runs, forced) for equation in equations])
+    if not layer._program.in_place:
+        equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
+        why = "a factor is stored in an order that no GEMM reads in place"
+        return Explanation([Ran(equation, "copies where needed, and bmm", why) for equation in equations])
     return _lowered(layer, tokens)
 
 

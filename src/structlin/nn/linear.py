@@ -131,7 +131,10 @@ class StructuredLinear(nn.Module):
             return self._multiply(eye).T.contiguous()
 
     def _dense_weight(self) -> Tensor:
-        """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed."""
+        """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
+
+        A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
+        """
         factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in factors):
             return self._materialize()

@@ -46,7 +46,7 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program) -> Tensor:
             raise ValueError(
                 f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
             )
-    if x.is_complex() or seen_through():
+    if x.is_complex() or not what.in_place or seen_through():
         return compose(x, factors, what)
     if torch.compiler.is_compiling():
         result: Tensor = _forward_op(x, factors, what.text)[0]

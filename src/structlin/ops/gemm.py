@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -41,7 +41,7 @@ class Gemm:
         return tuple(name for name, strides in (("a", self.a), ("b", self.b), ("c", self.c)) if strides is None)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan_gemm(
     equation: str,
     a_shape: tuple[int, ...],
@@ -75,6 +75,13 @@ def plan_gemm(
         view(axes_b, b_stride, group, k, n),
         view(axes_c, c_stride, group, m, n),
     )
+
+
+def plan_contiguous(a: Axes, b: Axes, c: Axes, sizes: dict[str, int]) -> Gemm:
+    """The GEMM of ``a, b -> c`` over contiguous operands."""
+    shapes = [tuple(sizes[axis] for axis in axes) for axes in (a, b)]
+    strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
+    return plan_gemm(f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}", shapes[0], strides[0], shapes[1], strides[1])
 
 
 def coalesce(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -20,6 +20,7 @@ from functools import cache
 
 from ..plan import TOKENS, Axes, Plan, Step, Term
 from .equation import parse
+from .gemm import plan_contiguous
 
 Permutation = tuple[int, ...]
 
@@ -43,11 +44,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Program:
-    """What runs for a plan: the chains whose results are added, and the size of every axis."""
+    """What runs for a plan: the chains whose results are added, and the size of every axis.
+
+    ``in_place`` says whether every step and its gradients read and write in place. A factor whose own axes are stored
+    in an order that no GEMM can read (``"c a, a b c -> b"``) is copied at each use, and only `compose` does that.
+    """
 
     text: str
     chains: tuple[Chain, ...]
     sizes: dict[str, int]
+    in_place: bool
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -68,7 +74,13 @@ def program(text: str) -> Program:
     """Read a line that `lower` wrote."""
     head, _, body = text.partition(": ")
     sizes = {axis: int(size) for axis, _, size in (part.partition("=") for part in head.split())}
-    return Program(text, tuple(_read(chain.split("; "), sizes) for chain in body.split(" + ")), sizes)
+    chains = tuple(_read(chain.split("; "), sizes) for chain in body.split(" + "))
+    return Program(text, chains, sizes, all(_runs_in_place(s, sizes) for chain in chains for s in chain.stages))
+
+
+def _runs_in_place(stage: Stage, sizes: dict[str, int]) -> bool:
+    x, w, y = parse(stage.equation)
+    return not any(plan_contiguous(*axes, {"t": 2, **sizes}).copies for axes in ((x, w, y), (y, w, x), (x, y, w)))
 
 
 def in_place(axes: Axes, roles: tuple[Axes, ...], innermost: Axes) -> bool:

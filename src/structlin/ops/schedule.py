@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .equation import parse
-from .gemm import plan_gemm
+from .gemm import plan_contiguous
 from .lowering import Permutation, program
 
 
@@ -175,11 +175,8 @@ def _three(
 
 
 def _gemm(a: tuple[str, ...], b: tuple[str, ...], c: tuple[str, ...], sizes: dict[str, int]) -> Gemm:
-    equation = f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}"
-    shapes = [tuple(sizes[axis] for axis in axes) for axes in (a, b, c)]
-    strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
-    plan = plan_gemm(equation, shapes[0], strides[0], shapes[1], strides[1])
-    assert not plan.copies, f"{equation} does not run in place"
+    plan = plan_contiguous(a, b, c, sizes)
+    assert not plan.copies, f"{a}, {b} -> {c} does not run in place"
     assert plan.a is not None
     assert plan.b is not None
     assert plan.c is not None
@@ -192,7 +189,7 @@ def _gemm(a: tuple[str, ...], b: tuple[str, ...], c: tuple[str, ...], sizes: dic
         ((g, m, k)[first:], plan.a[first:]),
         ((g, k, n)[first:], plan.b[first:]),
         ((g, m, n)[first:], plan.c[first:]),
-        shapes[2],
+        tuple(sizes[axis] for axis in c),
         plain,
     )
 
