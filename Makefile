@@ -30,7 +30,7 @@ test-all: test test-slow
 # on a machine whose own python3 has a CUDA build of torch, and pytest; installs nothing. With pytest-xdist there,
 # `make gpu-test ARGS='-n 8'`. The kernels run once more under the memory checker, if the machine has it
 gpu-test:
-	STRUCTLIN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest -q $(ARGS) tests/contract tests/gpu tests/test_kernels.py
+	STRUCTLIN_TEST_DEVICE=cuda PYTHONPATH=src $(PYTHON) -m pytest -q -p no:benchmark $(ARGS) tests/contract tests/gpu tests/test_kernels.py
 	! command -v compute-sanitizer || PYTHONPATH=src compute-sanitizer --error-exitcode 9 \
 		$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_kernels.py
 

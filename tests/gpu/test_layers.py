@@ -7,7 +7,13 @@ from torch.profiler import ProfilerActivity, profile
 import structlin as sl
 from structlin.testing import assert_as_accurate, inputs, make, plain
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # what Inductor and the profiler say about themselves
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
 
 LAYERS = [
     (sl.Monarch(4, order="blocked"), (3072, 768)),

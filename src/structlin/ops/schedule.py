@@ -34,6 +34,8 @@ class Gemm:
 
     def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
         """Multiply, or add the product to ``into``."""
+        if into is not None and a.numel() == 0:
+            return into  # cuBLAS refuses to add nothing
         left, right = a.as_strided(*self.a), b.as_strided(*self.b)
         result = a.new_empty(self.shape) if into is None else into
         out = result.as_strided(*self.c)
