@@ -52,8 +52,11 @@ def _across(
 
 
 def fits(k: int, n: int, i: int) -> bool:
-    """Whether the kernel takes this size: rows of 16 bytes for the accelerator, runs long enough to pay."""
-    return k % 8 == 0 and n % 8 == 0 and k >= 16 and i >= 16
+    """Whether the kernel takes this size and pays: rows of 16 bytes for the accelerator, long runs, a short product.
+
+    Beside a long product a copy costs little, and cuBLAS multiplies faster than this kernel.
+    """
+    return k % 8 == 0 and n % 8 == 0 and i >= 16 and 16 <= k < 32 * i
 
 
 @cache
