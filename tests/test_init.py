@@ -1,4 +1,4 @@
-"""Ways to draw a layer: the output variance that each promises, orthonormal blocks, and what a layer remembers of it."""
+"""Ways to draw a layer: the output variance each promises, orthonormal blocks, and what a layer remembers of it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def variance(layer: sl.StructuredLinear) -> float:
         (sl.BlockDiagonal(nblocks=4), (512, 512), 1 / 3),
         (sl.BlockShuffle(nblocks=4), (3072, 768), 0.25),
         (sl.BlockShuffle(nblocks=4), (768, 3072), 1.0),
+        (sl.BlockDense(nblocks=4, rank=64), (512, 256), 1 / 8),
         (sl.LowRank(rank=64), (512, 512), 1.0),
     ],
     ids=str,

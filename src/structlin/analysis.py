@@ -74,6 +74,8 @@ def density(plan: Plan) -> float:
     A term links an output to an input when both have the same digits on the axes that it reads and writes alike.
     The union over the terms is counted by inclusion and exclusion, from how many features have which digits.
     """
+    if any(set(term.x).isdisjoint(term.y) for term in plan.terms):
+        return 1.0
     classes = [_classes(plan, term) for term in plan.terms]
     linked = 0
     for size in range(1, len(classes) + 1):
