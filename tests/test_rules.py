@@ -32,7 +32,7 @@ LAYERS = (
     ("structures", "kernels"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "testing", "machine"),
+    ("surgery", "optim", "checkpoint", "testing", "machine", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),

@@ -3,8 +3,9 @@ by the thousand without building one. If a fact can be read off the plan it is w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from itertools import product
+from itertools import combinations, product
 from math import log
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ def traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
     )
 
 
+def fused_traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
+    """Bytes that any forward pass moves at least: the input, the output and every factor, once each."""
+    return itemsize * (tokens * (plan.in_features + plan.out_features) + num_params(plan))
+
+
 def saved_activations(plan: Plan) -> int:
     """Elements per token that the backward pass needs: the input, once, and every intermediate."""
     hidden = sum(plan.size(step.y) for term in plan.terms for step in term.steps[:-1])
@@ -60,6 +66,36 @@ def rank_bound(plan: Plan) -> int:
         return min(best)
 
     return min(plan.in_features, plan.out_features, sum(map(cut, plan.terms)))
+
+
+def density(plan: Plan) -> float:
+    """Fraction of the entries of the matrix that can be other than zero, exact.
+
+    A term links an output to an input when both have the same digits on the axes that it reads and writes alike.
+    The union over the terms is counted by inclusion and exclusion, from how many features have which digits.
+    """
+    if any(set(term.x).isdisjoint(term.y) for term in plan.terms):
+        return 1.0
+    classes = [_classes(plan, term) for term in plan.terms]
+    linked = 0
+    for size in range(1, len(classes) + 1):
+        for chosen in combinations(classes, size):
+            inputs = Counter(zip(*(ins for ins, _ in chosen), strict=True))
+            outputs = Counter(zip(*(outs for _, outs in chosen), strict=True))
+            pairs = sum(n * outputs[digits] for digits, n in inputs.items())
+            linked += pairs if size % 2 else -pairs
+    return linked / (plan.in_features * plan.out_features)
+
+
+def _classes(plan: Plan, term: Term) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """For every input and every output of a term its digits on the axes that both ends have."""
+    shared = [axis for axis in term.x if axis in term.y]
+
+    def read(axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+        places = [axes.index(axis) for axis in shared]
+        return [tuple(digits[p] for p in places) for digits in product(*map(range, plan.shape(axes)))]
+
+    return read(term.x), read(term.y)
 
 
 class Taxonomy(NamedTuple):

@@ -4,6 +4,7 @@ fail, for another."""
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="name", metavar="command", required=True)
     add_compare(commands)
     add_bench(commands)
+    add_describe(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
@@ -97,6 +99,50 @@ def add_bench(commands: Any) -> None:
     )
     cli.add_arguments(parser)
     parser.set_defaults(run=cli.main)
+
+
+def add_describe(commands: Any) -> None:
+    """Declare ``structlin describe``."""
+    parser = commands.add_parser(
+        "describe",
+        help="what a structure at a shape is, costs and runs, from its description alone",
+        description="Print the equation of a structure at a shape, its factors, parameters, FLOPs, bytes, rank, "
+        "density, place in the taxonomy, initial scales, learning rates and what runs; nothing is built or measured.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=describe)
+    add = parser.add_argument
+    add("spec", metavar="SPEC", help="a structure, as in monarch:nblocks=4 or block_diagonal:nblocks=8+low_rank")
+    add("shape", metavar="OUTxIN", help="rows and columns of the matrix, as in 3072x768")
+    add("--tokens", type=_whole, default=1024, metavar="N", help="rows of the input, for the bytes; default: 1024")
+    add("--dtype", default="bfloat16", metavar="NAME", help="of inputs and weights, for the bytes; default: bfloat16")
+    add("--png", metavar="FILE.png", help="draw the magnitudes of a random member, so that its pattern shows")
+
+
+def describe(options: argparse.Namespace, command: str) -> int:
+    """``structlin describe``: see `add_describe`."""
+    if options.png is not None and find_spec("matplotlib") is None:
+        return _fail("needs matplotlib; install with: pip install 'structlin[report]'", 1, "describe")
+    from . import describe as this
+    from .report.records import write_bytes
+    from .spec import parse
+
+    try:
+        shape = re.fullmatch(r"(\d+)x(\d+)", options.shape)
+        if shape is None:
+            raise ValueError(f"OUTxIN: {options.shape!r} is given; allowed: a shape as in 3072x768")
+        if options.png is not None and Path(options.png).suffix != ".png":
+            raise ValueError(f"--png: {options.png} is given; allowed: a path that ends in .png")
+        spec, rows, columns = parse(options.spec), int(shape[1]), int(shape[2])
+        text = this.describe(spec, rows, columns, options.tokens, options.dtype)
+        if options.png is not None:
+            write_bytes(Path(options.png), this.picture(spec, rows, columns))
+    except ValueError as error:
+        return _fail(str(error), 2, "describe")
+    except OSError as error:
+        return _fail(f"--png: {options.png}: {error.strerror or error}", 2, "describe")
+    print(text)
+    return 0
 
 
 def compare(options: argparse.Namespace, command: str) -> int:
@@ -170,6 +216,6 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is given; allowed: numbers") from None
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"structlin compare: error: {message}", file=sys.stderr)
+def _fail(message: str, status: int, name: str = "compare") -> int:
+    print(f"structlin {name}: error: {message}", file=sys.stderr)
     return status

@@ -52,6 +52,14 @@ class Spec:
         """Yield small ``(spec, (out_features, in_features))`` that the contract tests run over."""
         raise NotImplementedError
 
+    def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
+        """How the structure's published code draws its factors, for ``init="reference"``.
+
+        Name of a factor, or "bias", -> ("normal", standard deviation), ("uniform", bound) or ("orthogonal", singular
+        value). A factor left out starts at spectral scale, a bias left out at zero.
+        """
+        return {}
+
     def __add__(self, other: Spec) -> Spec:
         """The sum of both matrices."""
         return _make(find("sum"), {"terms": (self, other)}) if isinstance(other, Spec) else NotImplemented

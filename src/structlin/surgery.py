@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from . import analysis
 from .nn import StructuredLinear
+from .nn.init import check as check_init
 from .nn.projection import check, project
 from .plan import Plan
 from .spec import Spec
@@ -60,6 +61,7 @@ def to_structured_(
     rules: Mapping[str, Spec | None],
     weights: Literal["init", "project"] = "init",
     dry_run: bool = False,
+    init: str = "spectral",
 ) -> Conversion:
     """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
 
@@ -71,9 +73,10 @@ def to_structured_(
     Args:
         model: any module; its own root is not replaced. A layer that occurs under several names is replaced under all.
         rules: glob over module names -> spec; the first matching glob wins, ``None`` keeps the layer dense.
-        weights: "init" draws fresh factors and a zero bias; "project" takes those nearest to the dense weight and
+        weights: "init" draws factors and bias afresh; "project" takes those nearest to the dense weight and
             keeps the bias.
         dry_run: check and report only.
+        init: how factors are drawn, as in `StructuredLinear`.
 
     Returns:
         The swapped layers, with their costs beside dense ones.
@@ -85,6 +88,7 @@ def to_structured_(
     """
     if weights not in ("init", "project"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: 'init', 'project'")
+    check_init(init)
     names = _linears(model)
     chosen, problems = _resolve(names, rules)
     owners = _owners(model)
@@ -105,7 +109,7 @@ def to_structured_(
         raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
     if not dry_run:
         # all are built before one is put in place: running out of memory, too, leaves the model as it was
-        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights) for s in conversion}
+        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in conversion}
         for name, layer in layers.items():
             for alias in names[name]:
                 model.set_submodule(alias, layer)
@@ -214,11 +218,11 @@ def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
     )  # fmt: skip
 
 
-def _build(dense: nn.Module, spec: Spec, weights: str) -> StructuredLinear:
+def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear:
     assert isinstance(dense, nn.Linear)
     bias, weight = dense.bias, dense.weight
     layer = StructuredLinear(
-        dense.in_features, dense.out_features, spec, bias is not None, device=weight.device, dtype=weight.dtype
+        dense.in_features, dense.out_features, spec, bias is not None, weight.device, weight.dtype, init=init
     )
     if weights == "project":
         for name, value in project(layer.plan, weight).items():

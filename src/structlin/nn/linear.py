@@ -14,6 +14,7 @@ from ..ops import BACKENDS, compose, multiply
 from ..ops.lowering import Program, literal, lower
 from ..plan import Plan
 from ..spec import Spec
+from . import init as initialisation
 
 
 class StructuredLinear(nn.Module):
@@ -27,11 +28,14 @@ class StructuredLinear(nn.Module):
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
         spec: the structure and its hyperparameters.
-        bias: whether to add a learnable bias of shape (out_features,), zero at first.
+        bias: whether to add a learnable bias of shape (out_features,), zero at first (but for init="reference").
         device: of the parameters; "meta" allocates nothing.
         dtype: of the parameters, any float or complex type.
         backend: what runs the layer, one of `structlin.ops.BACKENDS`; "auto" follows the environment variable
             STRUCTLIN_BACKEND where that is set. May be set at any time: ``layer.backend = "copy"``.
+        init: how `reset_parameters` draws the factors: "spectral", "variance_matched", "reference" or "orthogonal",
+            see `structlin.nn.init`.
+        zero_last: whether the last factor of each term and the bias start at zero, for the output of a residual branch.
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
@@ -54,6 +58,8 @@ class StructuredLinear(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        init: str = "spectral",
+        zero_last: bool = False,
     ) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1:
@@ -61,6 +67,7 @@ class StructuredLinear(nn.Module):
         if not isinstance(spec, Spec):
             raise ValueError(f"{spec!r} is no spec; give one, as Monarch(nblocks=4)")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.init, self.zero_last = initialisation.check(init), zero_last
         self.plan = spec.plan(out_features, in_features)
         for name, shape in self.plan.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -88,11 +95,14 @@ class StructuredLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every factor from a normal distribution at its spectral scale (`analysis.init_std`); zero the bias."""
+        """Draw every factor anew, as ``init`` and ``zero_last`` say."""
+        draws: dict[str, initialisation.Draw] = initialisation.draws(self.spec, self.plan, self.init)
+        if self.zero_last:
+            draws |= dict.fromkeys(("bias", *(term.names[-1] for term in self.plan.terms)), initialisation.ZERO)
         for name in self.plan.factors:
-            self.get_parameter(name).normal_(std=analysis.init_std(self.plan, name))
+            initialisation.fill_(self.get_parameter(name), draws[name], self.plan, name)
         if self.bias is not None:
-            self.bias.zero_()
+            initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
@@ -171,7 +181,8 @@ class StructuredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)
+        drawn = f", init={self.init!r}" * (self.init != "spectral") + ", zero_last=True" * self.zero_last
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec!r}, "
-            f"bias={self.bias is not None}, params={params:,}, compute={compute:.1%}"
+            f"bias={self.bias is not None}{drawn}, params={params:,}, compute={compute:.1%}"
         )

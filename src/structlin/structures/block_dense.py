@@ -34,6 +34,10 @@ class BlockDense(Spec):
             "g i, g r i, o g r -> o", names=["blocks", "up"], g=self.nblocks, i=i, r=r, o=out_features
         )  # fmt: skip
 
+    def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
+        """Orthonormal blocks (`blockdense.py`, "ortho"); ``up`` counts as one."""
+        return dict.fromkeys(plan.factors, ("orthogonal", 1.0))
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(nblocks=4, rank=8), (24, 16)

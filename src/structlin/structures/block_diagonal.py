@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Self
 
+from ..analysis import fan
 from ..plan import Plan
 from ..spec import Spec, register
 from ..widths import divide
@@ -35,6 +36,10 @@ class BlockDiagonal(Spec):
                 f"smaller nblocks that fit: {', '.join(map(str, fitting)) or 'none'}"
             )
         return Plan.einsum("c g i, g o i c -> g o", names=["blocks"], c=n, g=n, i=i // n, o=o)
+
+    def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
+        """Uniform up to 1 / sqrt(fan-in), the bias up to 1 / sqrt(out_features) (`blockdiag_linear.py`)."""
+        return {"blocks": ("uniform", fan(plan, "blocks")[0] ** -0.5), "bias": ("uniform", plan.out_features**-0.5)}
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:

@@ -25,6 +25,10 @@ class BlockShuffle(Spec):
         sizes = Monarch(nblocks=self.nblocks).plan(out_features, in_features).sizes
         return Plan.einsum("i1 i0, i1 r1 o0 i0, o0 o1 i1 r1 -> o1 o0", names=["first", "second"], **sizes)
 
+    def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
+        """Orthonormal blocks (`blockshuffle.py`, "ortho")."""
+        return dict.fromkeys(plan.factors, ("orthogonal", 1.0))
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(nblocks=2), (24, 16)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from math import isqrt
 from typing import Literal, Self
 
+from ..analysis import fan
 from ..plan import Plan
 from ..spec import Spec, register
 from .btt import block_chain, count
@@ -53,6 +54,11 @@ class Monarch(Spec):
         outer = nblocks ** (self.factors - 1)
         whole_rank = self.rank or min(out_features, in_features) % (outer * nblocks) == 0
         return bool(out_features % outer == in_features % outer == 0 and whole_rank)
+
+    def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
+        """Uniform up to 1 / sqrt(fan-in), the bias up to 1 / sqrt(out_features) (`monarch_linear.py`)."""
+        factors = {name: ("uniform", fan(plan, name)[0] ** -0.5) for name in plan.factors}
+        return {**factors, "bias": ("uniform", plan.out_features**-0.5)}
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
