@@ -82,7 +82,6 @@ class EinsumLayer(nn.Module):
     def __init__(self, layer: StructuredLinear) -> None:
         super().__init__()
         plan = layer.plan
-        self.out_features = layer.out_features
         self.chains = [
             (
                 term,
