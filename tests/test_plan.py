@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from structlin.ops import reference
+from structlin.ops.lookup import collect, gather
 from structlin.plan import Plan, Step, Term
 from structlin.testing import assert_close, examples
 
@@ -25,7 +26,9 @@ def matrix(plan, factors):
         left = [*map("".join, spell[:-1]), *(letter[axis] + letter[axis].upper() for axis in tied)]
         equation = ",".join(left) + "->" + "".join([*spell[-1], *columns])
         weight = torch.einsum(equation, *(factors[name] for name in term.names), *eyes)
-        total = total + weight.reshape(plan.out_features, plan.in_features)
+        weight = weight.reshape(plan.size(term.y), plan.size(term.x))
+        weight = weight if term.table is None else collect(weight, term.table)
+        total = total + (weight if term.out_table is None else collect(weight.T, term.out_table).T)
     return total
 
 
@@ -77,10 +80,13 @@ def test_chain_and_transpose_are_the_matrix(plan):
         assert (chain.out_features, chain.in_features) == wanted.shape
         total = 0
         for term in chain.terms:
-            z = torch.eye(chain.in_features, dtype=torch.float64).reshape(-1, *chain.shape(term.x))
+            z = torch.eye(chain.in_features, dtype=torch.float64)
+            z = z if term.table is None else gather(z, term.table)
+            z = z.reshape(-1, *chain.shape(term.x))
             for name, step in zip(term.names, term.steps, strict=True):
                 z = reference.contract(z, factors[name], step.equation)
-            total = total + z.reshape(-1, chain.out_features)
+            z = z.reshape(-1, chain.size(term.y))
+            total = total + (z if term.out_table is None else collect(z, term.out_table))
         assert_close(total.T, wanted)
 
 

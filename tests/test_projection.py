@@ -5,6 +5,7 @@ import torch
 
 import structlin as sl
 from structlin.nn.projection import project
+from structlin.ops.lookup import collect
 from structlin.plan import Plan
 from structlin.testing import assert_close, error, examples, make, plain
 
@@ -41,11 +42,12 @@ def dense(plan, factors):
     first = next(iter(factors.values()))
     total = 0
     for term in plan.terms:
-        z = torch.eye(plan.in_features, dtype=first.dtype).reshape(-1, *plan.shape(term.x))
+        z = torch.eye(plan.size(term.x), dtype=first.dtype).reshape(-1, *plan.shape(term.x))
         for name, step in zip(term.names, term.steps, strict=True):
             z = sl.ops.contract(z, factors[name], step.equation, backend="reference")
-        total = total + z.reshape(-1, plan.out_features)
-    return total.T
+        z = z.reshape(-1, plan.out_features).T
+        total = total + (z if term.table is None else collect(z, term.table))
+    return total
 
 
 def draw(plan, dtype=torch.float64):

@@ -33,10 +33,17 @@ def compute(plan: Plan) -> float:
 
 
 def traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
-    """Bytes that a forward pass moves when every step reads its operands and writes its result once."""
-    return itemsize * sum(
-        tokens * (plan.size(step.x) + plan.size(step.y)) + plan.size(step.w) for _, step in plan.factors.values()
+    """Bytes that a forward pass moves when every step, and every lookup of blocks, reads its operands and writes its
+    result once."""
+    looked_up = sum(
+        plan.width(axes, table) + plan.size(axes)
+        for term in plan.terms
+        for axes, table in ((term.x, term.table), (term.y, term.out_table))
+        if table is not None
     )
+    steps = [step for _, step in plan.factors.values()]
+    moved = looked_up + sum(plan.size(step.x) + plan.size(step.y) for step in steps)
+    return itemsize * (tokens * moved + sum(plan.size(step.w) for step in steps))
 
 
 def fused_traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
@@ -45,9 +52,9 @@ def fused_traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
 
 
 def saved_activations(plan: Plan) -> int:
-    """Elements per token that the backward pass needs: the input, once, and every intermediate."""
+    """Elements per token that the backward pass needs: the input, once, what a table looks up, every intermediate."""
     hidden = sum(plan.size(step.y) for term in plan.terms for step in term.steps[:-1])
-    return plan.in_features + hidden
+    return plan.in_features + hidden + sum(plan.size(term.x) for term in plan.terms if term.table is not None)
 
 
 def rank_bound(plan: Plan) -> int:

@@ -8,14 +8,16 @@ the permutation. Costs, ranks, scales and layouts are all read off this descript
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, count, pairwise
 from math import prod
 from operator import mul
 
 Axes = tuple[str, ...]
+Table = tuple[tuple[int, ...], ...]
 
 TOKENS = "t"  # the axis of all leading dimensions, flattened; no structure may use the letter
 
@@ -79,12 +81,17 @@ class Term:
         weights: the axes of each factor, in the order in which it is stored.
         y: how the index of an output feature is read.
         names: one parameter name for each factor.
+        table: if given, the two leading axes of ``x`` look up a block of the input: (row, slot) is block
+            ``table[row][slot]``, and the other axes are the position in it.
+        out_table: the same for ``y``: what (row, slot) holds is added to block ``out_table[row][slot]`` of the output.
     """
 
     x: Axes
     weights: tuple[Axes, ...]
     y: Axes
     names: tuple[str, ...]
+    table: Table | None = None
+    out_table: Table | None = None
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -102,7 +109,7 @@ class Term:
     @property
     def T(self) -> Term:
         """The chain of the transposed matrix: ends swapped, factors reversed."""
-        return Term(self.y, self.weights[::-1], self.x, self.names[::-1])
+        return Term(self.y, self.weights[::-1], self.x, self.names[::-1], self.out_table, self.table)
 
 
 @dataclass(frozen=True)
@@ -133,10 +140,12 @@ class Plan:
             for step in term.steps:
                 for axis in step.x + step.w + step.y:
                     self._check_axis(axis)
+            self._check_table(term.table, term.x)
+            self._check_table(term.out_table, term.y)
         unused = self.sizes.keys() - {axis for term in self.terms for axes in (term.x, *term.weights) for axis in axes}
         if unused:
             raise ValueError(f"'{self}' has no axis {', '.join(map(repr, sorted(unused)))}, but a size is given")
-        shapes = {(self.size(term.y), self.size(term.x)) for term in self.terms}
+        shapes = {(self.width(term.y, term.out_table), self.width(term.x, term.table)) for term in self.terms}
         if len(shapes) > 1:
             raise ValueError(f"the terms of a sum must have one shape (out, in), not {sorted(shapes)}")
 
@@ -147,6 +156,19 @@ class Plan:
             raise ValueError(f"axis {axis!r} has no size; give one, as in Plan.einsum(..., {axis}=4)")
         if not isinstance(self.sizes[axis], int) or self.sizes[axis] < 1:
             raise ValueError(f"axis {axis!r} has size {self.sizes[axis]}; sizes are whole numbers from 1")
+
+    def _check_table(self, table: Table | None, axes: Axes) -> None:
+        if table is None:
+            return
+        if (len(table), *{len(row) for row in table}) != self.shape(axes[:2]) or not all(table):
+            raise ValueError(
+                f"a table of '{self}' must have a row and a slot for each value of {' and '.join(axes[:2])}"
+            )
+        uses = Counter(block for row in table for block in row)
+        if {*uses} != {*range(len(uses))} or len({*uses.values()}) > 1 or any(len({*row}) < len(row) for row in table):
+            raise ValueError(
+                f"a table of '{self}' must hold all blocks from 0 on equally often, each once in a row at most"
+            )
 
     @classmethod
     def einsum(cls, equation: str, *, names: Iterable[str] | None = None, **sizes: int) -> Plan:
@@ -189,8 +211,10 @@ class Plan:
         The width between them is read in digits fine enough for both sides.
 
         Raises:
-            ValueError: for sums, for widths that differ, and where no digits serve both sides.
+            ValueError: for sums, for tables, for widths that differ, and where no digits serve both sides.
         """
+        if any(term.table or term.out_table for term in self.terms + other.terms):
+            raise ValueError(f"a product with looked-up blocks is no plan: ({self}) @ ({other})")
         if len(self.terms) > 1 or len(other.terms) > 1:
             raise ValueError(f"a product of sums uses a factor several times and is no plan: ({self}) @ ({other})")
         left = self.apart(other)
@@ -236,8 +260,11 @@ class Plan:
         def put(operand: Axes) -> Axes:
             return tuple(new for axis in operand for new in axes.get(axis, (axis,)))
 
+        def rename(name: str) -> str:
+            return names.get(name, name)
+
         terms = tuple(
-            Term(put(t.x), tuple(map(put, t.weights)), put(t.y), tuple(names.get(n, n) for n in t.names))
+            replace(t, x=put(t.x), weights=tuple(map(put, t.weights)), y=put(t.y), names=tuple(map(rename, t.names)))
             for t in self.terms
         )
         return Plan(terms, tuple(sorted(sizes.items())))
@@ -255,6 +282,10 @@ class Plan:
     def size(self, axes: Iterable[str]) -> int:
         """Product of the sizes of ``axes``."""
         return prod(self.sizes[a] for a in axes)
+
+    def width(self, axes: Axes, table: Table | None) -> int:
+        """Features at an end of a term, read as ``axes``: those of all blocks of the table where there is one."""
+        return self.size(axes) if table is None else self.size(axes[2:]) * num_blocks(table)
 
     def shape(self, axes: Iterable[str]) -> tuple[int, ...]:
         """Sizes of ``axes``, in order."""
@@ -279,16 +310,24 @@ class Plan:
     @property
     def in_features(self) -> int:
         """Columns of the matrix."""
-        return self.size(self.terms[0].x)
+        return self.width(self.terms[0].x, self.terms[0].table)
 
     @property
     def out_features(self) -> int:
         """Rows of the matrix."""
-        return self.size(self.terms[0].y)
+        return self.width(self.terms[0].y, self.terms[0].out_table)
 
     def __str__(self) -> str:
-        chains = (", ".join(" ".join(a) for a in (t.x, *t.weights)) + " -> " + " ".join(t.y) for t in self.terms)
-        return "  +  ".join(chains)
+        def end(axes: Axes, table: Table | None) -> str:
+            return " ".join(axes) if table is None else " ".join((f"table[{' '.join(axes[:2])}]", *axes[2:]))
+
+        inputs = (", ".join([end(t.x, t.table), *map(" ".join, t.weights)]) for t in self.terms)
+        return "  +  ".join(f"{x} -> {end(t.y, t.out_table)}" for x, t in zip(inputs, self.terms, strict=True))
+
+
+def num_blocks(table: Table) -> int:
+    """Blocks that a table looks up."""
+    return 1 + max(map(max, table))
 
 
 def _digits(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:

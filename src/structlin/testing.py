@@ -18,6 +18,7 @@ from torch.autograd.gradcheck import GradcheckError
 from . import analysis
 from .nn import StructuredLinear
 from .ops import contract, reference
+from .plan import Table, num_blocks
 from .spec import STRUCTURES, Spec, parse
 
 Shape = tuple[int, int]
@@ -77,11 +78,23 @@ def plain(layer: StructuredLinear, x: Tensor) -> Tensor:
     tokens = x.reshape(-1, layer.in_features)
     total = layer.bias if layer.bias is not None else tokens.new_zeros(())
     for term in layer.plan.terms:
-        z = tokens.reshape(-1, *layer.plan.shape(term.x))
+        z = tokens if term.table is None else _looked_up(tokens, term.table)
+        z = z.reshape(-1, *layer.plan.shape(term.x))
         for name, step in zip(term.names, term.steps, strict=True):
             z = reference.contract(z, getattr(layer, name), step.equation)
-        total = total + z.reshape(-1, layer.out_features)
+        z = z.reshape(-1, layer.plan.size(term.y))
+        total = total + (z if term.out_table is None else _added_up(z, term.out_table))
     return total.reshape(*x.shape[:-1], layer.out_features)
+
+
+def _looked_up(tokens: Tensor, table: Table) -> Tensor:
+    blocks = tokens.chunk(num_blocks(table), -1)
+    return torch.cat([blocks[block] for row in table for block in row], -1)
+
+
+def _added_up(z: Tensor, table: Table) -> Tensor:
+    parts = list(zip((block for row in table for block in row), z.chunk(sum(map(len, table)), -1), strict=True))
+    return torch.cat([sum(part for of, part in parts if of == block) for block in range(num_blocks(table))], -1)  # type: ignore[misc]
 
 
 def is_the_matrix_it_says(spec: Spec, shape: Shape, device: str) -> None:

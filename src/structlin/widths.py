@@ -25,6 +25,20 @@ def divide(what: str, parts: int, **sizes: int) -> tuple[int, ...]:
     return tuple(size // parts for size in sizes.values())
 
 
+def power_of_two(what: str, parts: int, **sizes: int) -> None:
+    """Whether ``parts`` is a power of two from 2 on that divides each of ``sizes``.
+
+    Raises:
+        ValueError: when it is not, naming the parameter ``what`` and the values that would do.
+    """
+    common = gcd(*sizes.values())
+    if parts < 2 or parts & (parts - 1) or common % parts:
+        fitting = [str(2**n) for n in range(1, common.bit_length()) if common % 2**n == 0]
+        shown = " and ".join(f"{name}={size}" for name, size in sizes.items())
+        does = f"{what} may be {', '.join(fitting)}" if fitting else "none does, as one of them is odd"
+        raise ValueError(f"{what}={parts} is no power of two, from 2 on, that divides {shown}; {does}")
+
+
 @cache
 def balanced(size: int, parts: int = 2) -> tuple[int, ...]:
     """The factors of ``size`` that are nearest to each other, ascending: ``balanced(768) == (24, 32)``.

@@ -107,6 +107,26 @@ def transpose(spec, *factors):
     return (dyad(spec.of.terms[0], lower, upper) + up @ down).T
 
 
+def pixelfly(spec, sparse, down=None, up=None):
+    """Dao et al. 2022b: the union of butterfly factors of strides 1, 2, ... with dense cells, plus low rank.
+
+    The support is that of the published code: one factor of stride j is blocks of 2j with three diagonals.
+    """
+    size, (rows, columns) = spec.butterfly_size, (sparse.shape[1], sparse.shape[3])
+    weight = torch.zeros(size * rows, size * columns, dtype=FLOAT)
+    cells = torch.zeros(size, size, dtype=torch.bool)
+    for stride in (2**level for level in range(spec.nfactors)):
+        eye = torch.eye(stride, dtype=torch.bool)
+        cells |= torch.block_diag(*[torch.cat([torch.cat([eye, eye], 1)] * 2).int()] * (size // (2 * stride))).bool()
+    for row in range(size):
+        found = cells[row].nonzero().flatten().tolist()
+        assert len(found) == spec.nfactors + 1
+        for column in found:
+            slot = abs(row - column).bit_length()  # the diagonal first, then the strides
+            weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns] = sparse[row, :, slot]
+    return weight if down is None else weight + up @ down
+
+
 def blast(spec, right, middle, left):
     """Lee et al. 2024: block (i, j) is B_i diag(d_ij) C_j."""
     n = spec.nblocks
@@ -208,6 +228,7 @@ DENSE_FORMS = {
     "transpose": transpose,
     "einsum": einsum,
     "chain": chain,
+    "pixelfly": pixelfly,
 }
 
 
@@ -233,6 +254,11 @@ def test_is_the_papers_matrix(spec, shape):
         (sl.Dyad(8), 3072, 768, 0.25),
         (sl.BTT(1), 4096, 4096, 2 / 64),  # Qiu et al. 2024: 2 r d^(3/2)
         (sl.BTT(4), 4096, 4096, 8 / 64),
+        (sl.Pixelfly(32, 8, 2), 1024, 1024, 0.375),  # Dao et al. 2022b: (nfactors + 1) / butterfly_size
+        (sl.Pixelfly(32, 16, 2), 4096, 1024, 0.1875),
+        (sl.Pixelfly(32, 16, 3), 1024, 4096, 0.25),
+        (sl.Pixelfly(32, 16, 4), 512, 512, 0.3125),
+        (sl.Pixelfly(32, 32, 3), 1024, 1024, 0.125),
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import StructuredLinear
 from ..ops import BACKENDS, reference
+from ..ops.lookup import collect, gather
 from ..plan import Plan
 from .timing import Step
 
@@ -81,9 +82,9 @@ class EinsumLayer(nn.Module):
     def __init__(self, layer: StructuredLinear) -> None:
         super().__init__()
         plan = layer.plan
-        self.out_features = layer.out_features
         self.chains = [
             (
+                term,
                 plan.shape(term.x),
                 [(name, reference.letters(step.equation)) for name, step in zip(term.names, term.steps, strict=True)],
             )
@@ -95,11 +96,11 @@ class EinsumLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features]."""
         y: Tensor | None = None
-        for view, steps in self.chains:
-            z = x.reshape(-1, *view)
+        for term, view, steps in self.chains:
+            z = (x if term.table is None else gather(x, term.table)).reshape(-1, *view)
             for name, equation in steps:
                 z = torch.einsum(equation, z, getattr(self, name))
-            z = z.reshape(-1, self.out_features)
+            z = z.flatten(1) if term.out_table is None else collect(z.flatten(1), term.out_table)
             y = z if y is None else y + z
         assert y is not None
         return y

@@ -55,6 +55,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "blast:nblocks=16:rank=1024@4096x4096",
         "einsum:dims=16x1x256x1x256x16x8@4096x4096",
         "block_diagonal:nblocks=8+low_rank:rank=128@4096x4096",
+        "pixelfly:block_size=128:nfactors=3:rank=128@4096x4096",
     ),
     # square layers, for the picture of speed-up against width
     "widths": (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.schedule import Gemm, Relayout, has_triton, schedule, store_fits, tensor_memory
+from ..ops.schedule import Gather, Gemm, Move, Relayout, has_triton, schedule, store_fits, tensor_memory
 from .linear import StructuredLinear
 
 
@@ -77,6 +77,9 @@ def _size(gemm: Gemm) -> str:
     return f"{f'bmm of {group[0]}' if group else 'mm'} {m}x{n}x{k}"
 
 
-def _copy(relayout: Relayout, device: torch.device, why: str) -> Ran:
+def _copy(relayout: Move, device: torch.device, why: str) -> Ran:
+    if not isinstance(relayout, Relayout):
+        what = "look up blocks of the input" if isinstance(relayout, Gather) else "add up blocks of the output"
+        return Ran(what, "copy", "the structure is block-sparse")
     kernel = relayout.swap is not None and device.type == "cuda" and has_triton()
     return Ran("reorder the axes", "exchange kernel" if kernel else "copy", why)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import analysis
 from ..ops import reference
+from ..ops.lookup import collect, gather
 from ..plan import Axes, Plan, Term
 
 LARGE = 128  # matrices above this size are split by eigenvectors where single precision is wanted
@@ -39,10 +40,19 @@ def truncated(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def matrix(plan: Plan, term: Term, factors: dict[str, Tensor]) -> Tensor:
     """The (out_features, in_features) matrix of one term."""
     first = factors[term.names[0]]
-    z = torch.eye(plan.in_features, dtype=first.dtype, device=first.device).reshape(-1, *plan.shape(term.x))
+    z = torch.eye(plan.in_features, dtype=first.dtype, device=first.device)
+    z = (z if term.table is None else gather(z, term.table)).reshape(-1, *plan.shape(term.x))
     for name, step in zip(term.names, term.steps, strict=True):
         z = reference.contract(z, factors[name], step.equation)
-    return z.reshape(-1, plan.out_features).T
+    z = z.reshape(-1, plan.size(term.y))
+    return (z if term.out_table is None else collect(z, term.out_table)).T
+
+
+def read(plan: Plan, term: Term, weight: Tensor) -> Tensor:
+    """A matrix with the axes of the output, then those of the input, as the ends of a term read them."""
+    weight = weight if term.table is None else gather(weight, term.table)
+    weight = weight if term.out_table is None else gather(weight.mT, term.out_table).mT
+    return weight.reshape(plan.shape(term.y + term.x))
 
 
 def _truncated_by_gram(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +130,7 @@ class _System:
         used = {a for w in term.weights for a in w}
         self.repeats = plan.size(a for a in term.x if a not in used) if covariance is None else 1
         target = weight if covariance is None else weight @ covariance
-        self.target = target.reshape(plan.shape(term.y + term.x))
+        self.target = read(plan, term, target)
         self.axes = dict(zip(term.names, term.weights, strict=True))
         # of an axis that is summed twice, once for each copy of the other factors, the second copy is primed
         fixed = {*term.y} if covariance is not None else {*term.y, *term.x}
@@ -158,7 +168,10 @@ class _System:
         operands += [(factors[o], self._primed(self.axes[o])) for o in others]
         if self.covariance is not None:
             shape = self.plan.shape(self.term.x)
-            operands.append((self.covariance.reshape(shape + shape), self._primed(self.term.x) + self.term.x))
+            covariance = self.covariance
+            if self.term.table is not None:
+                covariance = gather(gather(covariance, self.term.table).mT, self.term.table).mT
+            operands.append((covariance.reshape(shape + shape), self._primed(self.term.x) + self.term.x))
         if not operands:
             return self.target.new_ones(1)
         return self._einsum(operands, batch + unknown + self._primed(unknown))

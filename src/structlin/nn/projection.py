@@ -57,6 +57,8 @@ def project(plan: Plan, weight: Tensor, inputs: Tensor | None = None) -> dict[st
     else:
         factors = _fit_sum(plan, wide, {}, None)
     if inputs is not None:
+        if any(term.out_table is not None for term in plan.terms):
+            raise ValueError(f"{plan} cannot be fitted to inputs, as it adds up blocks; project without inputs")
         # from the nearest matrix on, so that the result is never worse than that
         factors = _fit_sum(plan, wide, factors, _covariance(plan, inputs, wide))
     return {name: factors[name].to(weight.dtype).contiguous() for name in plan.factors}
@@ -74,6 +76,11 @@ def check(plan: Plan, weight: Tensor) -> None:
         raise ValueError("the weight is on the meta device and has no values to project")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has NaN or infinite entries; there is no nearest structured matrix")
+    for term in plan.terms:
+        row = term.x[:1] if term.table is not None else term.y[:1] if term.out_table is not None else ()
+        both = term.table is not None and term.out_table is not None
+        if both or (row and (len(term.weights) > 1 or not {*row} <= {*term.x} & {*term.y})):
+            raise ValueError(f"{plan} cannot be projected to: a chain that looks up blocks must be one factor of rows")
 
 
 def _covariance(plan: Plan, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -150,7 +157,7 @@ def _project_train(plan: Plan, term: Term, weight: Tensor) -> dict[str, Tensor]:
     have = tuple(a for a in dict.fromkeys(term.y + term.x) if a in used)
     # an axis at both ends is read on its diagonal; one that no factor sees repeats the matrix, whose mean is nearest
     repeats = plan.size(a for a in term.x if a not in used)
-    tensor = rearrange(plan, weight.reshape(plan.shape(term.y + term.x)), term.y + term.x, have) / repeats
+    tensor = rearrange(plan, least_squares.read(plan, term, weight), term.y + term.x, have) / repeats
     factors: dict[str, Tensor] = {}
     for i, (name, first) in enumerate(zip(term.names[:-1], term.weights[:-1], strict=True)):
         shared = tuple(a for a in first if any(a in w for w in term.weights[i + 1 :]))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .contract import autocast, contract, refuse_transforms, seen_through
 from .equation import parse
+from .lookup import collect, gather
 from .lowering import Program, program
 from .schedule import Product, add, multiply_then, schedule
 
@@ -62,7 +63,8 @@ def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = 
     remaining = iter(factors)
     y: Tensor | None = None
     for chain in what.chains:
-        z = x.reshape(-1, *chain.view)
+        z = x if chain.gather is None else gather(x, chain.gather)
+        z = z.reshape(-1, *chain.view)
         for stage in chain.stages:
             if stage.relayout is not None:
                 z = z.permute(stage.relayout).contiguous()
@@ -70,6 +72,7 @@ def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = 
         if chain.relayout is not None:
             z = z.permute(chain.relayout)
         z = z.reshape(-1, prod(z.shape[1:]))
+        z = z if chain.collect is None else collect(z, chain.collect)
         y = z if y is None else y + z
     assert y is not None
     return y
@@ -177,10 +180,9 @@ def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tenso
     shapes = []
     for chain in what.chains:
         for i, stage in enumerate(chain.stages):
-            if i or stage.relayout is not None:
+            if i or stage.relayout is not None or chain.gather is not None:
                 shapes.append([what.sizes[axis] for axis in parse(stage.equation)[0][1:]])
-        out_features = prod(what.sizes[axis] for axis in parse(chain.stages[-1].equation)[2][1:])
-    return [x.new_empty(x.shape[0], *shape) for shape in ([out_features], *shapes)]
+    return [x.new_empty(x.shape[0], *shape) for shape in ([what.chains[0].out_features], *shapes)]
 
 
 def _fake_backward(
@@ -191,7 +193,7 @@ def _fake_backward(
 
 def _compute(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
     what = program(text)
-    wanted: list[tuple[int, ...]] = [(x.shape[0], prod(what.chains[0].view))]
+    wanted: list[tuple[int, ...]] = [(x.shape[0], what.chains[0].in_features)]
     wanted += [tuple(what.sizes[a] for a in parse(s.equation)[1]) for chain in what.chains for s in chain.stages]
     given = [tuple(tensor.shape) for tensor in (x, *factors)]
     if given != wanted:

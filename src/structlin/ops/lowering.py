@@ -11,14 +11,19 @@ first step does not read them as they are), then equations, then the axes of the
 write them as they shall be); a relayout happens wherever one part writes an order and the next reads another:
 
     a=8 b=4 c=4 d=8: t b a, b c a -> t b c; t c b, c d b -> t c d; t d c
+
+Where a table looks up the input or adds up the output, it stands before or after these:
+
+    i=2 k=4 n=8 s=2: gather 0 1, 1 0; t i s k, i n s k -> t i n
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
-from ..plan import TOKENS, Axes, Plan, Step, Term
+from ..plan import TOKENS, Axes, Plan, Step, Table, Term, num_blocks
 from .equation import parse
 from .gemm import plan_contiguous
 
@@ -35,11 +40,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """What runs for one term: split the features into ``view``, go through ``stages``, reorder the axes at the end."""
+    """What runs for one term: look up blocks of the input by the table ``gather``, split the features into ``view``, go
+    through ``stages``, reorder the axes, add up blocks by the table ``collect``."""
 
     view: tuple[int, ...]
     stages: tuple[Stage, ...]
     relayout: Permutation | None
+    gather: Table | None
+    collect: Table | None
+    in_features: int
+    out_features: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def lower(plan: Plan) -> Program:
 
 def literal(plan: Plan) -> Program:
     """The program of ``plan`` as it is written, for backends that bring operands into order themselves."""
-    return program(_text(plan, ["; ".join(step.equation for step in term.steps) for term in plan.terms]))
+    return program(_text(plan, [[step.equation for step in term.steps] for term in plan.terms]))
 
 
 @cache
@@ -92,11 +102,28 @@ def in_place(axes: Axes, roles: tuple[Axes, ...], innermost: Axes) -> bool:
     return not innermost or axes[-1] in innermost
 
 
-def _text(plan: Plan, chains: list[str]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in plan.axes) + ": " + " + ".join(chains)
+def _text(plan: Plan, chains: list[list[str]]) -> str:
+    parts = []
+    for term, chain in zip(plan.terms, chains, strict=True):
+        gather = [] if term.table is None else [f"gather {_spelled(term.table)}"]
+        collect = [] if term.out_table is None else [f"collect {_spelled(term.out_table)}"]
+        parts.append("; ".join([*gather, *chain, *collect]))
+    return " ".join(f"{axis}={size}" for axis, size in plan.axes) + ": " + " + ".join(parts)
+
+
+def _spelled(table: Table) -> str:
+    return ", ".join(" ".join(map(str, row)) for row in table)
+
+
+def _table(part: str, word: str) -> Table | None:
+    if not part.startswith(word):
+        return None
+    return tuple(tuple(map(int, row.split())) for row in part.removeprefix(word).split(","))
 
 
 def _read(parts: list[str], sizes: dict[str, int]) -> Chain:
+    gather, collect = _table(parts[0], "gather "), _table(parts[-1], "collect ")
+    parts = parts[gather is not None : len(parts) - (collect is not None)]
     # every part is an order of axes or an equation; the first says how the input is read, the last how the output is
     stages: list[Stage] = []
     have = tuple(parts[0].split()) if "->" not in parts[0] else parse(parts[0])[0]
@@ -107,10 +134,16 @@ def _read(parts: list[str], sizes: dict[str, int]) -> Chain:
             stages.append(Stage(part, _permutation(have, x)))
             have = y
     end = have if "->" in parts[-1] else tuple(parts[-1].split())
-    return Chain(view, tuple(stages), _permutation(have, end))
+    ends = prod(view), prod(sizes[axis] for axis in end[1:])
+    widths = (_width(size, table) for size, table in zip(ends, (gather, collect), strict=True))
+    return Chain(view, tuple(stages), _permutation(have, end), gather, collect, *widths)
 
 
-def _lowered(term: Term) -> str:
+def _width(size: int, table: Table | None) -> int:
+    return size if table is None else size // sum(map(len, table)) * num_blocks(table)
+
+
+def _lowered(term: Term) -> list[str]:
     parts, have, target = [], (TOKENS, *term.x), (TOKENS, *term.y)
     for step in term.steps:
         contract = tuple(a for a in step.w if a in step.contract)
@@ -124,7 +157,7 @@ def _lowered(term: Term) -> str:
     if have != target:
         parts.append(" ".join(target))
     first = parse(parts[0])[0]
-    return "; ".join(parts if first == (TOKENS, *term.x) else [" ".join((TOKENS, *term.x)), *parts])
+    return parts if first == (TOKENS, *term.x) else [" ".join((TOKENS, *term.x)), *parts]
 
 
 def _native(have: Axes, step: Step) -> Axes:

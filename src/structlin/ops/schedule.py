@@ -10,12 +10,15 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..plan import Table, num_blocks
 from .equation import parse
 from .gemm import plan_contiguous
+from .lookup import index_on, positions, uses
 from .lowering import Permutation, program
 
 
@@ -68,11 +71,49 @@ class Relayout:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Blocks looked up by a table, ``shape`` being (tokens, blocks, width), then a relayout of what was found."""
+
+    shape: tuple[int, int, int]
+    index: tuple[int, ...]
+    relayout: Relayout | None
+    swap: ClassVar[None] = None
+
+    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Look up, or add what was found to ``into``."""
+        found = x.view(self.shape).index_select(1, index_on(x.device, self.index))
+        found = found if self.relayout is None else self.relayout.run(found)
+        return found if into is None else into.view_as(found).add_(found)
+
+
+@dataclass(frozen=True)
+class Collect:
+    """The adjoint of a `Gather`: a relayout, then for each block of ``shape`` the sum of its uses."""
+
+    shape: tuple[int, int, int]
+    index: tuple[int, ...]
+    relayout: Relayout | None
+    swap: ClassVar[None] = None
+
+    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Sum, or add the sums to ``into``."""
+        x = x if self.relayout is None else self.relayout.run(x)
+        tokens, blocks, width = self.shape
+        found = x.view(tokens, len(self.index), width).index_select(1, index_on(x.device, self.index))
+        found = found.view(tokens, blocks, len(self.index) // blocks, width).sum(2)
+        return found if into is None else into.view(self.shape).add_(found)
+
+
+Move = Relayout | Gather | Collect
+"""What a tensor goes through between two products."""
+
+
+@dataclass(frozen=True)
 class Product:
     """A GEMM, its operands, and the relayout of its result: what is left to do for one term of a sum."""
 
     gemm: Gemm
-    relayout: Relayout | None
+    relayout: Move | None
     a: Tensor
     b: Tensor
 
@@ -86,7 +127,7 @@ def add(products: list[Product]) -> Tensor:
     return total
 
 
-def multiply_then(gemm: Gemm, relayout: Relayout | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+def multiply_then(gemm: Gemm, relayout: Move | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """One GEMM and the relayout of its result, in one kernel where there is one; added to ``into`` if given."""
     if relayout is None:
         return gemm.run(a, b, into)
@@ -100,7 +141,7 @@ def multiply_then(gemm: Gemm, relayout: Relayout | None, a: Tensor, b: Tensor, i
     return relayout.run(gemm.run(a, b), into)
 
 
-def store_fits(gemm: Gemm, relayout: Relayout | None) -> bool:
+def store_fits(gemm: Gemm, relayout: Move | None) -> bool:
     """Whether the kernel that stores across can write what ``relayout`` would make of the result."""
     if gemm.plain is None or relayout is None or relayout.swap is None or not has_triton():
         return False
@@ -127,16 +168,16 @@ class Step:
     forward: Gemm
     dgrad: Gemm
     wgrad: Gemm
-    after: Relayout | None
-    undo: Relayout | None
+    after: Move | None
+    undo: Move | None
 
 
 @dataclass(frozen=True)
 class Sequence:
     """One term: what reorders the input (``undo`` its gradient), then the steps."""
 
-    before: Relayout | None
-    undo: Relayout | None
+    before: Move | None
+    undo: Move | None
     steps: tuple[Step, ...]
 
 
@@ -152,7 +193,13 @@ def schedule(text: str, tokens: int) -> tuple[Sequence, ...]:
         shapes = [tuple(sizes[axis] for axis in x) for x, _, _ in equations]
         end = tuple(sizes[axis] for axis in equations[-1][2])
         shapes.append(tuple(end[i] for i in chain.relayout) if chain.relayout is not None else end)
-        (before, undo), *after = [_both_ways(shape, move) for shape, move in zip(shapes, moves, strict=True)]
+        both = [_both_ways(shape, move) for shape, move in zip(shapes, moves, strict=True)]
+        ends: list[tuple[Move | None, Move | None]] = [*both]
+        if chain.gather is not None:
+            ends[0] = _looked_up(tokens, chain.in_features, chain.gather, *both[0])
+        if chain.collect is not None:
+            ends[-1] = _looked_up(tokens, chain.out_features, chain.collect, *both[-1][::-1])[::-1]
+        (before, undo), *after = ends
         gemms = [_three(x, w, y, sizes) for x, w, y in equations]
         sequences.append(Sequence(before, undo, tuple(Step(*g, *m) for g, m in zip(gemms, after, strict=True))))
     return tuple(sequences)
@@ -194,6 +241,14 @@ def _gemm(a: tuple[str, ...], b: tuple[str, ...], c: tuple[str, ...], sizes: dic
         tuple(sizes[axis] for axis in c),
         plain,
     )
+
+
+def _looked_up(
+    tokens: int, features: int, table: Table, relayout: Relayout | None, inverse: Relayout | None
+) -> tuple[Gather, Collect]:
+    """What looks blocks up and then reorders them, and its adjoint."""
+    shape = tokens, num_blocks(table), features // num_blocks(table)
+    return Gather(shape, positions(table), relayout), Collect(shape, uses(table), inverse)
 
 
 def _both_ways(shape: tuple[int, ...], permutation: Permutation | None) -> tuple[Relayout | None, Relayout | None]:

@@ -13,6 +13,7 @@ from .einsum import Einsum
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .monarch import Monarch
+from .pixelfly import Pixelfly
 from .tensor_train import TensorTrain
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Monarch",
+    "Pixelfly",
     "Product",
     "Sum",
     "TensorTrain",

@@ -1,0 +1,110 @@
+"""Terms that look up blocks: their transposes and other tables run too, and what cannot be is refused."""
+
+import pytest
+import torch
+
+import structlin as sl
+from structlin import analysis
+from structlin.nn.least_squares import matrix
+from structlin.ops.lookup import collect, gather
+from structlin.plan import Plan, Term
+from structlin.testing import CONTRACT, assert_close, inputs, make, plain
+
+FLOAT = torch.float64
+TABLE = ((0, 2), (1, 0), (2, 1))
+SIZES = (("i", 3), ("k", 4), ("n", 5), ("s", 2))
+SPARSE = Plan((Term(("i", "s", "k"), (("i", "n", "s", "k"),), ("i", "n"), ("sparse",), TABLE),), SIZES)
+FLY = sl.Pixelfly(block_size=2, butterfly_size=4, nfactors=2, rank=2)
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
+def test_the_transpose_keeps_the_contract(promise):
+    promise(FLY.T, (16, 24), "cpu")
+
+
+def test_the_sum_with_another_structure_keeps_its_names_apart():
+    layer = make(FLY + sl.BlockDiagonal(4) + FLY, (16, 24), "cpu")
+    assert [*layer.plan.factors] == ["sparse", "down", "up", "blocks", "sparse1", "down1", "up1"]
+    x = inputs(layer, 5)
+    assert_close(layer(x), plain(layer, x))
+
+
+def test_collect_is_the_adjoint_of_gather():
+    x, y = torch.randn(5, 12, dtype=FLOAT), torch.randn(5, 24, dtype=FLOAT)
+    assert_close((gather(x, TABLE) * y).sum(), (x * collect(y, TABLE)).sum())
+    assert gather(torch.arange(3), TABLE).tolist() == [0, 2, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("plan", [SPARSE, SPARSE.T], ids=["lookup", "its transpose"])
+def test_a_projection_keeps_the_entries_of_the_support(plan):
+    torch.manual_seed(0)
+    weight = torch.randn(plan.out_features, plan.in_features, dtype=FLOAT)
+    (term,) = plan.terms
+    support = matrix(plan, term, {"sparse": torch.ones(plan.shapes["sparse"], dtype=FLOAT)})
+    assert support.unique().tolist() == [0, 1]
+    assert support.mean() == 2 / 3
+    assert_close(matrix(plan, term, sl.project(plan, weight)), weight * support)
+
+
+def test_the_low_rank_term_takes_what_the_cells_leave():
+    torch.manual_seed(0)
+    weight = torch.randn(16, 24, dtype=FLOAT)
+    plan = FLY.plan(16, 24)
+    total = sum(matrix(plan, term, sl.project(plan, weight)) for term in plan.terms)
+    alone = [sl.Pixelfly(2, 4, 2).plan(16, 24), sl.LowRank(2).plan(16, 24)]
+    cells, low = (weight - matrix(p, p.terms[0], sl.project(p, weight)) for p in alone)
+    assert (weight - total).norm() < min(cells.norm(), low.norm())
+
+
+def test_costs_count_what_is_looked_up():
+    assert (SPARSE.in_features, SPARSE.out_features) == (12, 15)
+    assert analysis.num_params(SPARSE) == analysis.flops(SPARSE) // 2 == 3 * 5 * 2 * 4
+    assert analysis.saved_activations(SPARSE) == 12 + 24
+    assert analysis.traffic(SPARSE, tokens=1, itemsize=1) == (12 + 24) + (24 + 15) + 120
+
+
+def test_explain_names_the_lookup():
+    spec = sl.Pixelfly(block_size=2, butterfly_size=4, nfactors=1)
+    for own, what in ((spec, "look up blocks of the input"), (spec.T, "add up blocks of the output")):
+        assert what in [row.what for row in sl.explain(make(own, (16, 24), "cpu"), 5)]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (((0, 1), (1, 0)), "a row and a slot for each value of i and s"),
+        (((0, 1), (1, 2), (2,)), "a row and a slot"),
+        (((0, 1), (1, 2), (2, 3)), "equally often"),
+        (((1, 2), (2, 3), (3, 1)), "from 0 on"),
+        (((0, 0), (1, 1), (2, 2)), "once in a row"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(table, message):
+    term = Term(("i", "s", "k"), (("i", "n", "s", "k"),), ("i", "n"), ("sparse",), table)
+    with pytest.raises(ValueError, match=message):
+        Plan((term,), SIZES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "message"),
+    [
+        (sl.Pixelfly(32, 12), (1536, 1536), "butterfly_size may be 2, 4, 8, .*512$"),
+        (sl.Pixelfly(32, 16), (15, 16), "none does"),
+        (sl.Pixelfly(8, 4, 3), (64, 64), "nfactors may be 1 to 2"),
+        (sl.Pixelfly(32, 16), (768, 768), "block_size may be 1, 2, 3, 4, 6"),
+        (sl.Pixelfly(32, 16, rank=513), (512, 512), "rank may be 1 to 512"),
+        (sl.Pixelfly(2, 4) @ sl.Dense(), (16, 16), "looked-up blocks"),
+    ],
+    ids=str,
+)
+def test_a_shape_that_does_not_fit_is_refused(spec, shape, message):
+    with pytest.raises(ValueError, match=message):
+        spec.plan(*shape)
+
+
+def test_what_cannot_be_projected_is_refused():
+    with pytest.raises(ValueError, match="adds up blocks"):
+        sl.project(FLY.T.plan(16, 24), torch.randn(16, 24), torch.randn(50, 24))
+    term = Term(("i", "s", "k"), (("r", "i", "s", "k"), ("n", "r")), ("n",), ("a", "b"), TABLE)
+    with pytest.raises(ValueError, match="one factor"):
+        sl.project(Plan((term,), (*SIZES, ("r", 2))), torch.randn(5, 12))
