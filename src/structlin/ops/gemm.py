@@ -85,12 +85,18 @@ def plan_contiguous(a: Axes, b: Axes, c: Axes, sizes: dict[str, int]) -> Gemm:
 
 
 def coalesce(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride of several digits, slowest first, or None if they have none; 1 for no digits."""
+    """The one stride of several digits, slowest first, or None if they have none; 1 for no digits.
+
+    Digits of size 1 may have any stride. Where there are no others, that of the last counts: cuBLAS wants the distance
+    of two rows to be a row even where there is only one.
+    """
     digits = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
     for (_, outer), (n, inner) in pairwise(digits):
         if outer != n * inner:
             return None
-    return digits[-1][1] if digits else 1
+    if digits:
+        return digits[-1][1]
+    return strides[-1] if strides else 1
 
 
 def contract(a: Tensor, b: Tensor, equation: str, in_place: bool = True) -> Tensor:
