@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import structlin
+from structlin.report import records
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(structlin.__file__).parent
@@ -83,3 +84,23 @@ def test_commands_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.M):
         assert re.search(rf"^{target}:", makefile, re.M), f"{page.name} says `make {target}`"
+
+
+def measured_rows() -> list[str]:
+    """The table of docs/bench.md, from the record that it quotes."""
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records.read(ROOT / "results" / "bench-h200.json"):
+        times.setdefault(record["config"]["problem"], {})[record["config"]["backend"]] = record["metrics"]
+    mode = "forward_backward"
+    rows = []
+    for problem, by in times.items():
+        graph = [by[name].get(f"graph_{mode}_speedup") for name in ("auto", "compiled", "copy", "ceiling")]
+        cells = [f"{by['linear'][f'graph_{mode}_ms']:.3f}", *("-" if g is None else f"{g:.2f}" for g in graph)]
+        rows.append(f"| {problem} | {' | '.join(cells)} | {by['auto'][f'eager_{mode}_speedup']:.2f} |")
+    return rows
+
+
+def test_measured_tables_are_those_of_the_record() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    missing = [row for row in measured_rows() if row not in page]
+    assert not missing, "\n".join(missing)
