@@ -88,7 +88,9 @@ def test_environment_chooses_where_nobody_else_does(monkeypatch):
 def test_explain_names_every_copy():
     layer = make(sl.Monarch(nblocks=4), (16, 16), "cpu")
     rows = sl.explain(layer, 32)
-    assert [row.backend for row in rows] == ["bmm of 4 32x4x4", "copy", "bmm of 4 32x4x4", "copy"]
+    assert [row.backend for row in rows] == ["bmm of 4 32x4x4", "bmm of 4 32x4x4", "copy"]
+    wide = make(sl.Monarch(nblocks=4), (32, 32), "cpu")
+    assert [row.backend for row in sl.explain(wide, 8)] == ["bmm of 4 8x8x8", "copy", "bmm of 4 8x8x8", "copy"]
     layer.backend = "reference"
     assert [row.backend for row in sl.explain(layer, 32)] == ["einsum", "einsum"]
     assert "asked for" in str(sl.explain(layer, 32))

@@ -28,6 +28,9 @@ LAYERS = [
     (sl.LowRank(256), (1024, 1024)),
     (sl.Kronecker(), (768, 768)),
     (sl.BlockDiagonal(8), (1024, 1024)),
+    (sl.Monarch(8, factors=3, order="blocked"), (2048, 2048)),
+    (sl.BTT(2, cores=3), (1024, 4096)),
+    (sl.Pixelfly(block_size=64, rank=64), (1024, 2048)),
 ]
 every_layer = pytest.mark.parametrize(("spec", "shape"), LAYERS, ids=str)
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.schedule import Gather, Gemm, Move, Relayout, has_triton, schedule, store_fits, tensor_memory
+from ..ops.blocks import Blocks
+from ..ops.moves import Gather, Move, Relayout, has_triton, tensor_memory
+from ..ops.schedule import Multiply, schedule
 from .linear import StructuredLinear
 
 
@@ -55,15 +57,16 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
 
 def _lowered(layer: StructuredLinear, tokens: int) -> Explanation:
     factor = next(layer.parameters())
-    kernels = tensor_memory(factor.device, factor.dtype)
-    sequences = schedule(layer._program.text, tokens)
+    sequences = schedule(layer._program.text, tokens, tensor_memory(factor.device, factor.dtype))
     rows = Explanation()
     for chain, sequence in zip(layer._program.chains, sequences, strict=True):
         if sequence.before is not None:
             rows.append(_copy(sequence.before, factor.device, "the first step cannot read the input in place"))
         for stage, step in zip(chain.stages, sequence.steps, strict=True):
-            if kernels and step.after is not None and store_fits(step.forward, step.after):
-                why = "stores its result in the order of what comes next"
+            if isinstance(step.forward, Blocks):
+                rows.append(Ran(stage.equation, "block-sparse kernel", "reads its blocks by the table"))
+            elif isinstance(step.after, Relayout) and step.after.tokens_last:
+                why = "stores its result tokens last, in the order of what comes next"
                 rows.append(Ran(stage.equation, f"across kernel, {_size(step.forward)}", why))
             else:
                 rows.append(Ran(stage.equation, _size(step.forward), "every role is one stride: in place"))
@@ -72,7 +75,8 @@ def _lowered(layer: StructuredLinear, tokens: int) -> Explanation:
     return rows
 
 
-def _size(gemm: Gemm) -> str:
+def _size(gemm: Multiply) -> str:
+    assert not isinstance(gemm, Blocks)
     (*group, m, k), n = gemm.a[0], gemm.b[0][-1]
     return f"{f'bmm of {group[0]}' if group else 'mm'} {m}x{n}x{k}"
 

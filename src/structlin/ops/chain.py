@@ -21,7 +21,8 @@ from .contract import autocast, contract, refuse_transforms, seen_through
 from .equation import parse
 from .lookup import collect, gather
 from .lowering import Program, program
-from .schedule import Product, add, multiply_then, schedule
+from .moves import tensor_memory
+from .schedule import Product, add, multiply_then, saved_widths, schedule
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
@@ -83,11 +84,11 @@ def _forward(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor
     x, remaining = x.contiguous(), iter(factors)
     saved: list[Tensor] = []
     products: list[Product] = []
-    for chain in schedule(what.text, x.shape[0]):
+    for chain in schedule(what.text, x.shape[0], tensor_memory(x.device, x.dtype)):
         z = x if chain.before is None else chain.before.run(x)
         for step in chain.steps:
             if z is not x:
-                saved.append(z)
+                saved.append(z.view(-1))  # in what order is the schedule's affair
             weight = next(remaining).contiguous()
             if step is chain.steps[-1]:
                 products.append(Product(step.forward, step.after, z, weight))
@@ -105,7 +106,7 @@ def _backward(
     empty = dy.new_empty(0)
     products: list[Product] = []
     gradients: list[Tensor] = []
-    for chain in schedule(what.text, x.shape[0]):
+    for chain in schedule(what.text, x.shape[0], tensor_memory(x.device, x.dtype)):
         steps, first = chain.steps, len(gradients)
         inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(steps))]
         *undos, last = [chain.undo, *(step.undo for step in steps)]
@@ -176,13 +177,9 @@ def _autograd(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
 
 def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
     _register_flops()
-    what = program(text)
-    shapes = []
-    for chain in what.chains:
-        for i, stage in enumerate(chain.stages):
-            if i or stage.relayout is not None or chain.gather is not None:
-                shapes.append([what.sizes[axis] for axis in parse(stage.equation)[0][1:]])
-    return [x.new_empty(x.shape[0], *shape) for shape in ([what.chains[0].out_features], *shapes)]
+    widths = saved_widths(text, tensor_memory(x.device, x.dtype))
+    y = x.new_empty(x.shape[0], program(text).chains[0].out_features)
+    return [y, *(x.new_empty(x.shape[0] * width) for width in widths)]
 
 
 def _fake_backward(

@@ -2,38 +2,50 @@
 
 Everything that depends on shapes alone (sizes and strides of every operand, forward and in both gradients) is
 computed here, so that running a layer costs little more host time than the calls it makes.
+
+Where the order that one step writes is not the one that the next step reads, three things can happen, the first that is
+possible: the GEMM itself writes the other order, with the tokens innermost, since each feature is a row of its own then;
+a kernel of ours does so where the GEMM cannot; or the result is copied.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..plan import Table, num_blocks
+from ..plan import Axes
+from .blocks import Blocks, blocks
 from .equation import parse
 from .gemm import plan_contiguous
-from .lookup import index_on, positions, uses
-from .lowering import Permutation, program
+from .lowering import Chain, Stage, program
+from .moves import Move, Relayout, both_ways, has_triton, looked_up, relayout
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the kernel that stores across takes: one GEMM per group, ``a`` being [t, g, k], or [g, k, t] if ``a_last``."""
+
+    groups: int
+    k: int
+    n: int
+    a_last: bool
+    k_inner: bool
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """Sizes and strides of the two operands and of the result as matrices, and the shape of the result.
-
-    ``plain`` is (groups, k, n, whether k is innermost in b) where a is [t, g, k] and b one block of memory.
-    """
+    """Sizes and strides of the two operands and of the result as matrices, and the shape of the result."""
 
     a: tuple[tuple[int, ...], tuple[int, ...]]
     b: tuple[tuple[int, ...], tuple[int, ...]]
     c: tuple[tuple[int, ...], tuple[int, ...]]
     shape: tuple[int, ...]
-    plain: tuple[int, int, int, bool] | None
+    plain: Plain | None
 
     def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
         """Multiply, or add the product to ``into``."""
@@ -49,131 +61,64 @@ class Gemm:
         return result
 
 
-@dataclass(frozen=True)
-class Relayout:
-    """A permutation of the axes of a contiguous tensor; ``swap`` is (a, b, r) where [.., a, b, r] -> [.., b, a, r]."""
-
-    shape: tuple[int, ...]
-    permutation: Permutation
-    swap: tuple[int, int, int] | None
-
-    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """Copy, or add the copy to ``into``."""
-        shape = [self.shape[i] for i in self.permutation]
-        if self.swap is not None and x.is_cuda and has_triton():
-            from ..kernels.relayout import exchange
-
-            result = x.new_empty(shape) if into is None else into
-            exchange(x, result, *self.swap, add=into is not None)
-            return result
-        permuted = x.view(self.shape).permute(self.permutation)
-        return permuted.contiguous() if into is None else into.view(shape).add_(permuted)
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Blocks looked up by a table, ``shape`` being (tokens, blocks, width), then a relayout of what was found."""
-
-    shape: tuple[int, int, int]
-    index: tuple[int, ...]
-    relayout: Relayout | None
-    swap: ClassVar[None] = None
-
-    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """Look up, or add what was found to ``into``."""
-        found = x.view(self.shape).index_select(1, index_on(x.device, self.index))
-        found = found if self.relayout is None else self.relayout.run(found)
-        return found if into is None else into.view_as(found).add_(found)
-
-
-@dataclass(frozen=True)
-class Collect:
-    """The adjoint of a `Gather`: a relayout, then for each block of ``shape`` the sum of its uses."""
-
-    shape: tuple[int, int, int]
-    index: tuple[int, ...]
-    relayout: Relayout | None
-    swap: ClassVar[None] = None
-
-    def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """Sum, or add the sums to ``into``."""
-        x = x if self.relayout is None else self.relayout.run(x)
-        tokens, blocks, width = self.shape
-        found = x.view(tokens, len(self.index), width).index_select(1, index_on(x.device, self.index))
-        found = found.view(tokens, blocks, len(self.index) // blocks, width).sum(2)
-        return found if into is None else into.view(self.shape).add_(found)
-
-
-Move = Relayout | Gather | Collect
-"""What a tensor goes through between two products."""
+Multiply = Gemm | Blocks
+"""What multiplies two tensors."""
 
 
 @dataclass(frozen=True)
 class Product:
     """A GEMM, its operands, and the relayout of its result: what is left to do for one term of a sum."""
 
-    gemm: Gemm
+    gemm: Multiply
     relayout: Move | None
     a: Tensor
     b: Tensor
 
 
-def add(products: list[Product]) -> Tensor:
+def add(products: Sequence[Product]) -> Tensor:
     """The sum of products of one shape, each added to what is there."""
     total: Tensor | None = None
-    for product in products:
+    # a block-sparse product adds to what is there while it multiplies, a GEMM by a pass over memory
+    for product in sorted(products, key=lambda product: isinstance(product.gemm, Blocks)):
         total = multiply_then(product.gemm, product.relayout, product.a, product.b, total)
     assert total is not None
     return total
 
 
-def multiply_then(gemm: Gemm, relayout: Move | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+def multiply_then(gemm: Multiply, move: Move | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """One GEMM and the relayout of its result, in one kernel where there is one; added to ``into`` if given."""
-    if relayout is None:
+    if move is None:
         return gemm.run(a, b, into)
-    if into is None and tensor_memory(a.device, a.dtype) and store_fits(gemm, relayout) and _aligned(a, b):
+    if isinstance(move, Relayout) and move.tokens_last and a.numel():
         from ..kernels.across import across
 
-        assert relayout.swap is not None
+        assert isinstance(gemm, Gemm)
         assert gemm.plain is not None
-        groups, k, n, k_inner = gemm.plain
-        return across(a, b, groups, k, n, relayout.swap[2], k_inner)
-    return relayout.run(gemm.run(a, b), into)
+        assert move.swap is not None
+        plain = gemm.plain
+        a, b = aligned(a), aligned(b)
+        return across(a, b, move.shape[0], plain.groups, plain.k, plain.n, move.swap[2], plain.a_last, plain.k_inner)
+    return move.run(gemm.run(a, b), into)
 
 
-def store_fits(gemm: Gemm, relayout: Move | None) -> bool:
-    """Whether the kernel that stores across can write what ``relayout`` would make of the result."""
-    if gemm.plain is None or relayout is None or relayout.swap is None or not has_triton():
-        return False
-    from ..kernels.across import fits
-
-    groups, k, n, _ = gemm.plain
-    first, second, run = relayout.swap
-    return first == groups and second * run == n and fits(k, n, run)
-
-
-def tensor_memory(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels for the tensor memory accelerator run: Triton, half precision, compute capability 9 or more."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
-
-
-def _aligned(a: Tensor, b: Tensor) -> bool:
-    return a.shape[0] > 0 and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied if it does not start where the tensor memory accelerator can read."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @dataclass(frozen=True)
 class Step:
     """One factor: the product with it, its two gradients, and what reorders the result (``undo`` its gradient)."""
 
-    forward: Gemm
-    dgrad: Gemm
-    wgrad: Gemm
+    forward: Multiply
+    dgrad: Multiply
+    wgrad: Multiply
     after: Move | None
     undo: Move | None
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Steps:
     """One term: what reorders the input (``undo`` its gradient), then the steps."""
 
     before: Move | None
@@ -182,88 +127,138 @@ class Sequence:
 
 
 @lru_cache(maxsize=1024)
-def schedule(text: str, tokens: int) -> tuple[Sequence, ...]:
-    """Everything that the program ``text`` runs for ``tokens`` tokens."""
+def schedule(text: str, tokens: int, kernels: bool) -> tuple[Steps, ...]:
+    """Everything that the program ``text`` runs for ``tokens`` tokens, where `tensor_memory` says ``kernels`` run."""
     what = program(text)
     sizes = {"t": tokens, **what.sizes}
-    sequences = []
+    return tuple(_chain(chain, sizes, kernels) for chain in what.chains)
+
+
+def saved_widths(text: str, kernels: bool) -> list[int]:
+    """Elements per token of each tensor besides the input that the backward pass of a program needs."""
+    what = program(text)
+    widths = []
     for chain in what.chains:
-        equations = [parse(stage.equation) for stage in chain.stages]
-        moves = [*(stage.relayout for stage in chain.stages), chain.relayout]
-        shapes = [tuple(sizes[axis] for axis in x) for x, _, _ in equations]
-        end = tuple(sizes[axis] for axis in equations[-1][2])
-        shapes.append(tuple(end[i] for i in chain.relayout) if chain.relayout is not None else end)
-        both = [_both_ways(shape, move) for shape, move in zip(shapes, moves, strict=True)]
-        ends: list[tuple[Move | None, Move | None]] = [*both]
-        if chain.gather is not None:
-            ends[0] = _looked_up(tokens, chain.in_features, chain.gather, *both[0])
-        if chain.collect is not None:
-            ends[-1] = _looked_up(tokens, chain.out_features, chain.collect, *both[-1][::-1])[::-1]
-        (before, undo), *after = ends
-        gemms = [_three(x, w, y, sizes) for x, w, y in equations]
-        sequences.append(Sequence(before, undo, tuple(Step(*g, *m) for g, m in zip(gemms, after, strict=True))))
-    return tuple(sequences)
+        moved = chain.stages[0].relayout is not None or (chain.gather and not (kernels and blocks(chain, what.sizes)))
+        for stage in chain.stages if moved else chain.stages[1:]:
+            widths.append(prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]))
+    return widths
 
 
-@cache
-def has_triton() -> bool:
-    """Whether the kernels can be imported."""
-    return importlib.util.find_spec("triton") is not None
+def _chain(chain: Chain, sizes: dict[str, int], kernels: bool) -> Steps:
+    sparse = blocks(chain, sizes) if kernels and sizes["t"] else None
+    if sparse is not None:
+        return Steps(None, None, (Step(*sparse, None, None),))
+    first, end = parse(chain.stages[0].equation)[0], parse(chain.stages[-1].equation)[2]
+    before, undo = both_ways(_shape(first, sizes), chain.stages[0].relayout)
+    written = _shape(end, sizes)
+    after, undo_after = both_ways(tuple(written[i] for i in chain.relayout or range(len(end))), chain.relayout)
+    ends: list[Move | None] = [before, undo, after, undo_after]
+    if chain.gather is not None:
+        ends[:2] = looked_up(sizes["t"], chain.in_features, chain.gather, before, undo)
+    if chain.collect is not None:
+        ends[2:] = looked_up(sizes["t"], chain.out_features, chain.collect, undo_after, after)[::-1]
+    steps = _steps(chain.stages, (ends[2], ends[3]), sizes, kernels)
+    return Steps(ends[0], ends[1], steps)
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return has_triton() and torch.cuda.get_device_capability(device) >= (9, 0)
+def _steps(
+    stages: tuple[Stage, ...], ends: tuple[Move | None, Move | None], sizes: dict[str, int], kernels: bool
+) -> tuple[Step, ...]:
+    """The steps of a chain, with as many intermediates stored tokens last as that saves a copy for."""
+    equations = [parse(stage.equation) for stage in stages]
+    last = [False] * (len(stages) - 1)
+    steps = _planned(equations, last, ends, sizes, kernels)
+    assert steps is not None
+    for i, stage in enumerate(stages[1:]):
+        if stage.relayout is not None and sizes["t"]:
+            last[i] = True
+            better = _planned(equations, last, ends, sizes, kernels)
+            last[i] = better is not None
+            steps = better or steps
+    return steps
 
 
-def _three(
-    x: tuple[str, ...], w: tuple[str, ...], y: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[Gemm, Gemm, Gemm]:
-    """Forward, gradient of the input, gradient of the factor."""
-    return _gemm(x, w, y, sizes), _gemm(y, w, x, sizes), _gemm(x, y, w, sizes)
+def _planned(
+    equations: list[tuple[Axes, Axes, Axes]],
+    last: list[bool],
+    ends: tuple[Move | None, Move | None],
+    sizes: dict[str, int],
+    kernels: bool,
+) -> tuple[Step, ...] | None:
+    """The steps when these intermediates are stored tokens last; None if a step could not do so without a copy."""
+    orders = [_last(equation[0]) if late else equation[0] for equation, late in zip(equations[1:], last, strict=True)]
+    reads = [equations[0][0], *orders]
+    orders = [_last(equation[2]) if late else equation[2] for equation, late in zip(equations, last, strict=False)]
+    gradients = [*orders, equations[-1][2]]
+    found = []
+    for i, (x, w, y) in enumerate(equations):
+        forward = _to(reads[i], w, y, reads[i + 1] if i + 1 < len(reads) else y, sizes, kernels)
+        dgrad = _to(gradients[i], w, x, gradients[i - 1] if i else x, sizes, kernels)
+        wgrad = _gemm(reads[i], gradients[i], w, sizes)
+        if forward is None or dgrad is None or wgrad is None:
+            return None
+        found.append((forward, dgrad, wgrad))
+    steps = []
+    for i, (forward, dgrad, wgrad) in enumerate(found):
+        after, undo = (forward[1], found[i + 1][1][1]) if i + 1 < len(found) else ends
+        steps.append(Step(forward[0], dgrad[0], wgrad, after, undo))
+    return tuple(steps)
 
 
-def _gemm(a: tuple[str, ...], b: tuple[str, ...], c: tuple[str, ...], sizes: dict[str, int]) -> Gemm:
+def _to(
+    a: Axes, b: Axes, native: Axes, target: Axes, sizes: dict[str, int], kernels: bool
+) -> tuple[Gemm, Relayout | None] | None:
+    """``a, b -> target``: in place, or in the native order and moved; None if that would need another copy."""
+    gemm = _gemm(a, b, target, sizes)
+    if gemm is not None:
+        return gemm, None
+    gemm = _gemm(a, b, native, sizes)
+    if gemm is None:
+        return None
+    move = relayout(_shape(native, sizes), tuple(map(native.index, target)))
+    if move.tokens_last and not (kernels and store_fits(gemm, move)):
+        return None
+    return gemm, move
+
+
+def store_fits(gemm: Gemm, move: Relayout) -> bool:
+    """Whether the kernel that stores across can write what ``move`` would make of the result."""
+    if gemm.plain is None or move.swap is None or not has_triton():
+        return False
+    from ..kernels.across import fits
+
+    groups, second, run = move.swap
+    return (
+        groups == gemm.plain.groups and second * run == gemm.plain.n and fits(move.shape[0], gemm.plain.k, second * run)
+    )
+
+
+def _last(axes: Axes) -> Axes:
+    return (*axes[1:], axes[0])
+
+
+def _shape(axes: Axes, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[axis] for axis in axes)
+
+
+def _gemm(a: Axes, b: Axes, c: Axes, sizes: dict[str, int]) -> Gemm | None:
+    """``a, b -> c`` over contiguous tensors; None if one of them would have to be copied."""
     plan = plan_contiguous(a, b, c, sizes)
-    assert not plan.copies, f"{a}, {b} -> {c} does not run in place"
-    assert plan.a is not None
-    assert plan.b is not None
-    assert plan.c is not None
+    if plan.a is None or plan.b is None or plan.c is None:
+        return None
     g, m, n, k = plan.sizes
     first = 1 if g == 1 else 0  # a single group is a plain matrix product
     plain = None
-    if plan.a == (k, g * k, 1) and m == sizes["t"] and plan.b in ((n * k, 1, k), (n * k, n, 1)):
-        plain = g, k, n, plan.b[1] == 1
+    if m == sizes["t"] and plan.b in ((n * k, 1, k), (n * k, n, 1)):
+        if plan.a == (k, g * k, 1):
+            plain = Plain(g, k, n, False, plan.b[1] == 1)
+        elif plan.a == (k * m, 1, m):
+            plain = Plain(g, k, n, True, plan.b[1] == 1)
     return Gemm(
         ((g, m, k)[first:], plan.a[first:]),
         ((g, k, n)[first:], plan.b[first:]),
         ((g, m, n)[first:], plan.c[first:]),
-        tuple(sizes[axis] for axis in c),
+        _shape(c, sizes),
         plain,
     )
-
-
-def _looked_up(
-    tokens: int, features: int, table: Table, relayout: Relayout | None, inverse: Relayout | None
-) -> tuple[Gather, Collect]:
-    """What looks blocks up and then reorders them, and its adjoint."""
-    shape = tokens, num_blocks(table), features // num_blocks(table)
-    return Gather(shape, positions(table), relayout), Collect(shape, uses(table), inverse)
-
-
-def _both_ways(shape: tuple[int, ...], permutation: Permutation | None) -> tuple[Relayout | None, Relayout | None]:
-    """The relayout that ends in ``shape``, and its inverse."""
-    if permutation is None:
-        return None, None
-    inverse = tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
-    return _relayout(tuple(shape[i] for i in inverse), permutation), _relayout(shape, inverse)
-
-
-def _relayout(shape: tuple[int, ...], permutation: Permutation) -> Relayout:
-    moved = [i for i, j in enumerate(permutation) if i != j]
-    first, last = moved[0], moved[-1] + 1
-    split = permutation[first]
-    swap = None
-    if permutation[first:last] == (*range(split, last), *range(first, split)):
-        swap = prod(shape[first:split]), prod(shape[split:last]), prod(shape[last:])
-    return Relayout(shape, permutation, swap)

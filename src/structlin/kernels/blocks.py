@@ -1,0 +1,139 @@
+"""Products with a block-sparse matrix whose blocks stand in a static table, without copying a block of the input.
+
+The matrix has `rows` rows of blocks with `slots` blocks each, ``w`` is (rows, n, slots, k), and a table says which block
+of the input each slot reads. One GEMM sums over all slots of a row: the loop over its inner dimension takes the address
+of the next block from the table. The table travels as 16 bits for each entry, four in a word, because a load inside
+the loop would stop the pipeline; so a row may have 8 entries of numbers below 4096.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .across import _programs
+
+MOST_ENTRIES, MOST_BLOCKS, MOST_SLOTS = 8, 4096, 8
+
+
+@triton.jit
+def _sum_of_blocks(
+    x_desc, w_desc, y_desc, y_ptr, table, tokens, programs,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    chunks: tl.constexpr = K // BLOCK_K
+    tiles = tl.cdiv(tokens, BLOCK_T) * ROWS * columns
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        t = tile // (ROWS * columns) * BLOCK_T
+        row = tile % (ROWS * columns) // columns
+        n = tile % columns * BLOCK_N
+        first, second = tl.load(table + 2 * row), tl.load(table + 2 * row + 1)
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for j in tl.range(0, ENTRIES * chunks):
+            entry = j // chunks
+            k = j % chunks * BLOCK_K
+            found = (tl.where(entry < 4, first, second) >> (entry % 4 * 16)).to(tl.int32) & 65535
+            block = found % 4096
+            x = x_desc.load([t, block, k]).reshape(BLOCK_T, BLOCK_K)
+            if TRANSPOSED:
+                w = w_desc.load([block, k, found // 4096, n]).reshape(BLOCK_K, BLOCK_N)
+                acc = tl.dot(x, w, acc)
+            else:
+                w = w_desc.load([row, n, entry, k]).reshape(BLOCK_N, BLOCK_K)
+                acc = tl.dot(x, w.T, acc)
+        if ADD:  # not through shared memory, which the operands fill
+            at = (t + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+            there = y_ptr + at * (ROWS * N) + (row * N + n + tl.arange(0, BLOCK_N))[None, :]
+            acc += tl.load(there, mask=at < tokens).to(tl.float32)
+        y_desc.store([t, row, n], acc.to(y_desc.dtype).reshape(BLOCK_T, 1, BLOCK_N))
+
+
+@triton.jit
+def _gradient_of_blocks(
+    dy_desc, x_desc, dw_desc, table, tokens,
+    SLOTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    columns: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    # the blocks of one row run next to each other, so that its gradient is still in the L2 cache
+    row = tl.program_id(0) // (tiles * SLOTS * columns)
+    n = tl.program_id(0) // (SLOTS * columns) % tiles * BLOCK_N
+    slot = tl.program_id(0) // columns % SLOTS
+    k = tl.program_id(0) % columns * BLOCK_K
+    block = (tl.load(table + 2 * row + slot // 4) >> (slot % 4 * 16)).to(tl.int32) % 4096
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for t in tl.range(0, tokens, BLOCK_T):
+        dy = dy_desc.load([t, row, n]).reshape(BLOCK_T, BLOCK_N)
+        x = x_desc.load([t, block, k]).reshape(BLOCK_T, BLOCK_K)
+        acc = tl.dot(dy.T, x, acc)
+    dw_desc.store([row, n, slot, k], acc.to(dw_desc.dtype).reshape(1, BLOCK_N, 1, BLOCK_K))
+
+
+def fits(rows: int, blocks: int, slots: int, uses: int, n: int, k: int) -> bool:
+    """Whether the kernels take a table of these sizes, and blocks of n x k large enough to fill a tile."""
+    return max(rows, blocks) <= MOST_BLOCKS and max(slots, uses) <= MOST_ENTRIES and not (n % 64 or k % 64)
+
+
+@cache
+def _packed(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """(rows, 2) words of four entries of 16 bits: block numbers, with the slot of the weight above 12 bits if given."""
+    words = [[sum(entry << 16 * i for i, entry in enumerate(row[at : at + 4])) for at in (0, 4)] for row in table]
+    signed = [[word - (word >> 63 << 64) for word in row] for row in words]
+    with torch.inference_mode(False):
+        return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def sum_of_blocks(
+    x: Tensor, w: Tensor, table: tuple[tuple[int, ...], ...], transposed: bool, into: Tensor | None = None
+) -> Tensor:
+    """``y[t, r, :] = sum over s of x[t, table[r][s], :] w[r, :, s, :]^T``, a new tensor (tokens, rows, n) or added to one.
+
+    With ``transposed`` the adjoint: ``table`` then lists the uses of each block of the result, row + 4096 * slot, and
+    ``y[t, b, :] = sum over uses of x[t, row, :] w[row, :, slot, :]``.
+
+    ``x`` is (tokens, blocks, width), ``w`` (rows, n, slots, k); both contiguous, of one half precision, on a device of
+    compute capability 9 or more, starting at 16 bytes; sizes as `fits` says. Sums in float32.
+    """
+    tokens, _, inner = x.shape
+    outer = w.shape[3] if transposed else w.shape[1]
+    y = x.new_empty(tokens, len(table), outer) if into is None else into.view(tokens, len(table), outer)
+    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 else (128, 128, 4, 4)
+    columns = min(columns, outer & -outer)
+    w_block = [1, 64, 1, columns] if transposed else [1, columns, 1, 64]
+    _sum_of_blocks[(_programs(x.device),)](
+        TensorDescriptor(x, x.shape, x.stride(), [rows, 1, 64]),
+        TensorDescriptor(w, w.shape, w.stride(), w_block),
+        TensorDescriptor(y, y.shape, y.stride(), [rows, 1, columns]), y,
+        _packed(table, x.device), tokens, _programs(x.device),
+        len(table), len(table[0]), outer, inner, transposed, into is not None, rows, columns, 64,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def gradient_of_blocks(x: Tensor, dy: Tensor, table: tuple[tuple[int, ...], ...]) -> Tensor:
+    """``dw[r, :, s, :] = dy[:, r, :]^T x[:, table[r][s], :]``: a new tensor (rows, n, slots, k).
+
+    ``x`` is (tokens, blocks, k), ``dy`` (tokens, rows, n); as `sum_of_blocks` wants them.
+    """
+    tokens, _, k = x.shape
+    n, slots = dy.shape[2], len(table[0])
+    dw = x.new_empty(len(table), n, slots, k)
+    rows, columns = min(128, n & -n), min(256, k & -k)
+    grid = (len(table) * (n // rows) * slots * (k // columns),)
+    _gradient_of_blocks[grid](
+        TensorDescriptor(dy, dy.shape, dy.stride(), [64, 1, rows]),
+        TensorDescriptor(x, x.shape, x.stride(), [64, 1, columns]),
+        TensorDescriptor(dw, dw.shape, dw.stride(), [1, rows, 1, columns]),
+        _packed(table, x.device), tokens, slots, n, k, rows, columns, 64,
+        num_warps=8 if columns == 256 else 4, num_stages=3,
+    )  # fmt: skip
+    return dw
