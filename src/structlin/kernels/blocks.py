@@ -1,9 +1,9 @@
 """Products with a block-sparse matrix whose blocks stand in a static table, without copying a block of the input.
 
-The matrix has `rows` rows of blocks with `slots` blocks each, ``w`` is (rows, n, slots, k), and a table says which block
-of the input each slot reads. One GEMM sums over all slots of a row: the loop over its inner dimension takes the address
-of the next block from the table. The table travels as 16 bits for each entry, four in a word, because a load inside
-the loop would stop the pipeline; so a row may have 8 entries of numbers below 4096.
+The matrix has `rows` rows of blocks with `slots` blocks each, ``w`` is (rows, n, slots, k), and a table says which
+block of the input each slot reads. One GEMM sums over all slots of a row: the loop over its inner dimension takes the
+address of the next block from the table. The table travels as 16 bits for each entry, four in a word, because a load
+inside the loop would stop the pipeline; so a row may have 8 entries of numbers below 4096.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _packed(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 def sum_of_blocks(
     x: Tensor, w: Tensor, table: tuple[tuple[int, ...], ...], transposed: bool, into: Tensor | None = None
 ) -> Tensor:
-    """``y[t, r, :] = sum over s of x[t, table[r][s], :] w[r, :, s, :]^T``, a new tensor (tokens, rows, n) or added to one.
+    """``y[t, r, :] = sum over s of x[t, table[r][s], :] w[r, :, s, :]^T``, (tokens, rows, n), new or added to one.
 
     With ``transposed`` the adjoint: ``table`` then lists the uses of each block of the result, row + 4096 * slot, and
     ``y[t, b, :] = sum over uses of x[t, row, :] w[row, :, slot, :]``.

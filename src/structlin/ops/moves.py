@@ -1,4 +1,4 @@
-"""What a tensor goes through between two products: its axes are reordered, or blocks of it are looked up or added up."""
+"""What happens to a tensor between two products: its axes are reordered, or its blocks looked up or added up."""
 
 from __future__ import annotations
 

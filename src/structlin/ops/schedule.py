@@ -3,8 +3,8 @@
 Everything that depends on shapes alone (sizes and strides of every operand, forward and in both gradients) is
 computed here, so that running a layer costs little more host time than the calls it makes.
 
-Where the order that one step writes is not the one that the next step reads, three things can happen, the first that is
-possible: the GEMM itself writes the other order, with the tokens innermost, since each feature is a row of its own then;
+Where the order that one step writes is not the one that the next step reads, the first of these that is possible
+happens: the GEMM itself writes the other order, with the tokens innermost, since each feature is a row of its own then;
 a kernel of ours does so where the GEMM cannot; or the result is copied.
 """
 
@@ -28,7 +28,7 @@ from .moves import Move, Relayout, both_ways, has_triton, looked_up, relayout
 
 @dataclass(frozen=True)
 class Plain:
-    """What the kernel that stores across takes: one GEMM per group, ``a`` being [t, g, k], or [g, k, t] if ``a_last``."""
+    """What the kernel that stores across takes: a GEMM per group, ``a`` being [t, g, k], or [g, k, t] if ``a_last``."""
 
     groups: int
     k: int
@@ -137,11 +137,11 @@ def schedule(text: str, tokens: int, kernels: bool) -> tuple[Steps, ...]:
 def saved_widths(text: str, kernels: bool) -> list[int]:
     """Elements per token of each tensor besides the input that the backward pass of a program needs."""
     what = program(text)
-    widths = []
+    widths: list[int] = []
     for chain in what.chains:
         moved = chain.stages[0].relayout is not None or (chain.gather and not (kernels and blocks(chain, what.sizes)))
-        for stage in chain.stages if moved else chain.stages[1:]:
-            widths.append(prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]))
+        saved = chain.stages if moved else chain.stages[1:]
+        widths += [prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved]
     return widths
 
 
