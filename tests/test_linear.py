@@ -190,6 +190,24 @@ def test_no_raw_op_loses_a_tangent():
             assert forward_ad.unpack_dual(tree_leaves(result)[0]).tangent is not None
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_computed_again_is_the_same_and_not_kept(compiled):
+    layer, again = (make(sl.Monarch(2), (24, 16), "cpu") for _ in range(2))
+    again.recompute = True
+    held: list[int] = []
+    results = []
+    for module in (layer, again):
+        x = inputs(module, 5).requires_grad_()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            y = (torch.compile(module, fullgraph=True) if compiled else module)(x)
+        held.append(sum(sizes))
+        results.append(torch.autograd.grad(y.square().sum(), (x, *module.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+    assert held[1] < held[0]
+
+
 def test_an_input_of_another_dtype_is_refused_in_words():
     layer = sl.StructuredLinear(16, 24, sl.Monarch(2))
     with pytest.raises(ValueError, match=r"torch\.float64.* torch\.float32.*cast"):

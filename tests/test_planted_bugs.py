@@ -77,8 +77,8 @@ def test_a_wrong_permutation_of_what_runs_turns_the_contract_red(monkeypatch):
 @pytest.mark.parametrize(("spec", "shape"), [(MONARCH, MONARCH_SHAPE), (DYAD, DYAD_SHAPE)], ids=str)
 @pytest.mark.parametrize("factor", [0, 1])
 def test_half_of_a_weight_gradient_turns_the_contract_red(spec, shape, factor, monkeypatch):
-    def planted(x, factors, program):
-        return multiply(x, [halved(w) if i == factor else w for i, w in enumerate(factors)], program)
+    def planted(x, factors, *rest):
+        return multiply(x, [halved(w) if i == factor else w for i, w in enumerate(factors)], *rest)
 
     monkeypatch.setattr(linear, "multiply", planted)
     contract_is_red("has_right_gradients", spec, shape)

@@ -100,6 +100,20 @@ def test_replays_as_a_graph():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_compiled_code_calls_our_operator():
+    called = []
+
+    def look(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer = make(sl.Monarch(8, order="blocked"), (2048, 1024), "cuda", torch.bfloat16)
+    torch.compile(layer, fullgraph=True, backend=look)(inputs(layer, 8))
+    assert "structlin.multiply.default" in called
+    assert not any("einsum" in name for name in called)
+
+
 def test_runs_in_the_graphs_of_torch_compile():
     """mode="reduce-overhead" captures the whole step, our operators included."""
     layer = make(sl.Monarch(8, order="blocked"), (2048, 1024), "cuda", torch.bfloat16)

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SPEC@OUTxIN",
-        help="a structure at a shape, as in monarch:nblocks=4@3072x768, in place of a preset; may be repeated",
+        help="a structure at a shape, as in monarch:nblocks=4@3072x768, or a transformer block of a width and context, "
+        "as in 'block monarch:nblocks=8@768x1024', in place of a preset; may be repeated",
     )
     add("--tokens", type=_whole, metavar="N", help=f"rows of the input; default: {_defaults(DEFAULT_TOKENS)}")
     add("--dtype", metavar="|".join(DTYPES), help=f"of inputs and weights; default: {_defaults(DEFAULT_DTYPE)}")
@@ -97,7 +98,11 @@ def check_path(out: Path, settings: Settings) -> None:
             before = store.read(out)
         except ValueError as error:
             raise ValueError(f"--out: {error}; choose another file") from None
-        ours = [settings.config(problem, name) for problem in settings.problems for name in settings.backends]
+        ours = [
+            settings.config(problem, name)
+            for problem in settings.problems
+            for name in problem.contenders(settings.backends)
+        ]
         for record in before:
             config = {key: value for key, value in record["config"].items() if key != "graph"}
             if config not in ours:

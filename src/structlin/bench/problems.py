@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..plan import Plan
@@ -57,6 +58,13 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "block_diagonal:nblocks=8+low_rank:rank=128@4096x4096",
         "pixelfly:block_size=128:nfactors=3:rank=128@4096x4096",
     ),
+    # whole blocks, every linear layer structured
+    "blocks": (
+        "block monarch:nblocks=8:order=blocked@768x1024",
+        "block monarch:nblocks=8:order=blocked@1024x1024",
+        "block monarch:nblocks=8:order=blocked@2048x2048",
+        "block monarch:nblocks=8:order=blocked@4096x2048",
+    ),
     # square layers, for the picture of speed-up against width
     "widths": (
         *(f"low_rank:rank={width // 4}@{width}x{width}" for width in WIDTHS),
@@ -86,8 +94,70 @@ class Problem:
         """``"3072x768"``: outputs, then inputs, as the weight of ``nn.Linear`` is stored."""
         return f"{self.out_features}x{self.in_features}"
 
+    def contenders(self, chosen: Sequence[str]) -> Sequence[str]:
+        """Names of what is timed, of those that were ``chosen``."""
+        return chosen
+
     def __str__(self) -> str:
         return f"{self.spec}@{self.shape}"
+
+
+HEAD = 64
+"""Features of an attention head of a block."""
+
+BLOCK_CONTENDERS = ("linear", "auto", "recompute")
+"""The dense block, the structured one, and the structured one that computes its intermediates again in backward."""
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """A structure in every linear layer of a block: ``block monarch:nblocks=8@768x1024`` is 768 wide, 1024 tokens long.
+
+    Its three contenders are always all timed.
+    """
+
+    spec: Spec
+    width: int
+    context: int
+
+    @property
+    def out_features(self) -> int:
+        """The width."""
+        return self.width
+
+    @property
+    def in_features(self) -> int:
+        """The width."""
+        return self.width
+
+    def contenders(self, chosen: Sequence[str]) -> Sequence[str]:
+        """`BLOCK_CONTENDERS`, whatever was ``chosen``."""
+        return BLOCK_CONTENDERS
+
+    def __str__(self) -> str:
+        return f"block {self.spec}@{self.width}x{self.context}"
+
+
+def read_block(text: str) -> BlockProblem:
+    """The block written as ``block SPEC@WIDTHxCONTEXT``.
+
+    Raises:
+        ValueError: for another form, a width that is no multiple of 64, or one that does not fit the structure.
+    """
+    found = re.fullmatch(r"block (.+)@(\d+)x(\d+)", text.strip())
+    if found is None:
+        raise ValueError(
+            f"{text!r} is not of the form block SPEC@WIDTHxCONTEXT, as in block monarch:nblocks=8@768x1024"
+        )
+    problem = BlockProblem(parse(found[1]), int(found[2]), int(found[3]))
+    if problem.width < HEAD or problem.width % HEAD or problem.context < 1:
+        raise ValueError(f"{text!r}: the width must be a multiple of {HEAD}, and the context positive")
+    try:
+        for out, into in ((3, 1), (1, 1), (4, 1), (1, 4)):
+            problem.spec.plan(out * problem.width, into * problem.width)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    return problem
 
 
 def read(text: str) -> Problem:
@@ -112,7 +182,12 @@ def read(text: str) -> Problem:
     return problem
 
 
-def preset(name: str) -> tuple[Problem, ...]:
+def read_any(text: str) -> Problem | BlockProblem:
+    """A layer, as `read` takes it, or a block, as `read_block` does."""
+    return read_block(text) if text.strip().startswith("block ") else read(text)
+
+
+def preset(name: str) -> tuple[Problem | BlockProblem, ...]:
     """The problems of a preset.
 
     Raises:
@@ -122,4 +197,4 @@ def preset(name: str) -> tuple[Problem, ...]:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{name!r} is unknown; {hint}allowed: {', '.join(PRESETS)}")
-    return tuple(read(text) for text in PRESETS[name])
+    return tuple(map(read_any, PRESETS[name]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,17 +15,11 @@ from ..nn import StructuredLinear
 from ..plan import Plan
 from ..report.records import Record
 from ..structures import Dense
-from . import contenders, gate, roofline, timing
+from . import block, contenders, gate, roofline, timing
 from .contenders import LINEAR, Contender, Inputs, ModuleContender
-from .problems import Problem
+from .problems import BlockProblem, Problem
+from .race import MEANS, NO_GRAPH, NOT_TRIED, Metrics, Outcome, one_line, race
 from .settings import DTYPES, Settings
-
-Metrics = dict[str, float | int | None]
-
-MEANS = ("eager", "graph")
-"""How a pass is launched: call by call from Python, or as one CUDA graph."""
-
-NO_GRAPH, CAPTURED, NOT_TRIED = "none on this device", "captured", "not tried"
 
 
 def run(settings: Settings, command: str) -> Iterator[list[Record]]:
@@ -43,10 +36,13 @@ def run(settings: Settings, command: str) -> Iterator[list[Record]]:
     for problem in settings.problems:
         torch.manual_seed(settings.seed)
         try:
-            outcomes = _measure(settings, problem, clock, ceilings)
+            if isinstance(problem, BlockProblem):
+                outcomes = block.measure(problem, settings, clock)
+            else:
+                outcomes = _measure(settings, problem, clock, ceilings)
         except RuntimeError as error:  # out of memory, mostly: no number of this problem can be trusted
-            reason = f"cannot run: {_one_line(error)}"
-            outcomes = [(name, {}, NOT_TRIED, reason) for name in settings.backends]
+            reason = f"cannot run: {one_line(error)}"
+            outcomes = [(name, {}, NOT_TRIED, reason) for name in problem.contenders(settings.backends)]
         where = provenance(command, settings.seed, device)
         yield [_record(where, settings, problem, *outcome) for outcome in outcomes]
         gc.collect()
@@ -54,14 +50,10 @@ def run(settings: Settings, command: str) -> Iterator[list[Record]]:
             torch.cuda.empty_cache()
 
 
-Outcome = tuple[str, Metrics, str, str | None]
-"""A contender, its metrics, what became of its CUDA graph, and why it failed, if it did."""
-
-
 def _record(
     where: dict[str, Any],
     settings: Settings,
-    problem: Problem,
+    problem: Problem | BlockProblem,
     name: str,
     metrics: Metrics,
     graph: str,
@@ -92,7 +84,7 @@ def _measure(settings: Settings, problem: Problem, clock: timing.Clock, ceilings
     ready, errors, metrics = _check(settings, layer, inputs)
     graphs = dict.fromkeys(ready, NO_GRAPH)
     for mode in settings.modes:
-        for name, found in _time(settings, clock, ready, mode, len(inputs), graphs).items():
+        for name, found in race(settings, clock, ready, mode, len(inputs), graphs).items():
             metrics[name] |= found
     for name in ready:
         plan = Dense().plan(problem.out_features, problem.in_features) if name == LINEAR else problem.plan
@@ -133,50 +125,10 @@ def _check(
         except AssertionError as wrong:
             errors[name] = f"not timed, because it is wrong: {wrong}"
         except Exception as failure:  # a backend or a compiler that this machine cannot run; others still can
-            errors[name] = f"cannot run: {_one_line(failure)}"
+            errors[name] = f"cannot run: {one_line(failure)}"
         else:
             ready[name] = contender
     return ready, errors, metrics
-
-
-def _time(
-    settings: Settings, clock: timing.Clock, ready: dict[str, Contender], mode: str, sets: int, graphs: dict[str, str]
-) -> dict[str, Metrics]:
-    """Metrics of one mode: time of every contender by both means, and its memory; notes captures in ``graphs``."""
-    passes = {name: timing.one_pass(contender.step(mode), sets) for name, contender in ready.items()}
-    found: dict[str, Metrics] = {name: {} for name in ready}
-    runs: dict[str, Callable[[], object]] = dict(passes)
-    for means in MEANS:
-        if means == "graph":
-            runs = _capture(passes, graphs) if clock.device.type == "cuda" else {}
-        for name, times in timing.take_turns(clock, runs, sets, settings.repeats).items():
-            found[name] |= {
-                f"{means}_{mode}_ms": 1e3 * times.median,
-                f"{means}_{mode}_p10_ms": 1e3 * times.p10,
-                f"{means}_{mode}_p90_ms": 1e3 * times.p90,
-                f"{means}_{mode}_samples": times.samples,
-            }
-    for name, contender in ready.items():
-        for other in ready.values():
-            other.clear()
-        if isinstance(contender, ModuleContender):
-            run_once = partial(contender.step(mode), 0)
-            found[name][f"{mode}_peak_bytes"] = timing.peak_bytes(clock.device, run_once)
-    return found
-
-
-def _capture(passes: dict[str, Callable[[], Tensor]], graphs: dict[str, str]) -> dict[str, Callable[[], object]]:
-    replays: dict[str, Callable[[], object]] = {}
-    for name, run in passes.items():
-        if graphs[name] not in (NO_GRAPH, CAPTURED):
-            continue
-        try:
-            replays[name] = timing.capture(run).replay
-        except RuntimeError as error:
-            graphs[name] = f"not captured: {_one_line(error)}"
-        else:
-            graphs[name] = CAPTURED
-    return replays
 
 
 def _derived(settings: Settings, plan: Plan, own: Metrics, linear: Metrics, ceilings: roofline.Ceilings) -> Metrics:
@@ -197,7 +149,3 @@ def _derived(settings: Settings, plan: Plan, own: Metrics, linear: Metrics, ceil
             f"{mode}_roofline": 1e3 * roofline.floor(plan, mode, settings.tokens, itemsize, ceilings) / ms,
         }
     return derived
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

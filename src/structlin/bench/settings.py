@@ -11,7 +11,7 @@ import torch
 
 from . import problems
 from .contenders import COMPILED, FORWARD, LINEAR, MODES, NAMES
-from .problems import Problem
+from .problems import BlockProblem, Problem
 from .timing import MIN_SAMPLES
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -24,7 +24,7 @@ class Settings:
     """One run. ``preset`` is "custom" where problems were given one by one; ``backends`` are names of contenders."""
 
     preset: str
-    problems: tuple[Problem, ...]
+    problems: tuple[Problem | BlockProblem, ...]
     tokens: int
     dtype: str
     device: str
@@ -33,12 +33,12 @@ class Settings:
     repeats: int
     seed: int
 
-    def config(self, problem: Problem, backend: str) -> dict[str, Any]:
+    def config(self, problem: Problem | BlockProblem, backend: str) -> dict[str, Any]:
         """What a record says of how one number came about: JSON-ready, and the same for the same settings."""
         return {
             "preset": self.preset,
             "problem": str(problem),
-            "structure": str(problem.spec),
+            "structure": f"{'block ' * isinstance(problem, BlockProblem)}{problem.spec}",
             "out_features": problem.out_features,
             "in_features": problem.in_features,
             "tokens": self.tokens,
@@ -71,7 +71,7 @@ def configure(
     if preset is not None and problem:
         raise ValueError("--problem: cannot be combined with --preset; leave one out")
     try:
-        chosen = tuple(map(problems.read, problem)) if problem else problems.preset(preset or "smoke")
+        chosen = tuple(map(problems.read_any, problem)) if problem else problems.preset(preset or "smoke")
     except ValueError as error:
         raise ValueError(f"{'--problem' if problem else '--preset'}: {error}") from None
     _once("--problem", chosen)

@@ -26,7 +26,7 @@ from .schedule import Product, add, multiply_then, saved_widths, schedule
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
-    "multiply(Tensor x, Tensor[] factors, str program) -> Tensor[]",
+    "multiply(Tensor x, Tensor[] factors, str program, bool keep=True) -> Tensor[]",
     "multiply_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor[] saved, str program, bool[] needed) -> Tensor[]",
 ):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -34,10 +34,11 @@ _forward_op = torch.ops.structlin.multiply.default
 _backward_op = torch.ops.structlin.multiply_backward.default
 
 
-def multiply(x: Tensor, factors: Sequence[Tensor], what: Program) -> Tensor:
+def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = True) -> Tensor:
     """(tokens, in_features) -> (tokens, out_features), by the program of a plan and its factors in order.
 
-    Differentiable any number of times, under autocast, torch.compile, torch.func and export.
+    Differentiable any number of times, under autocast, torch.compile, torch.func and export. Between forward and
+    backward it keeps its intermediates, or with ``keep=False`` computes them again.
 
     Raises:
         ValueError: when the input and a factor differ in dtype.
@@ -51,12 +52,12 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program) -> Tensor:
     if x.is_complex() or not what.in_place or seen_through():
         return compose(x, factors, what)
     if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(x, factors, what.text)[0]
+        result: Tensor = _forward_op(x, factors, what.text, keep)[0]
         return result
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        y: Tensor = _Multiply.apply(what, False, x, *factors)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Multiply.apply(what, False, keep, x, *factors)[0]  # type: ignore[no-untyped-call]
         return y
-    return _forward(x, factors, what)[0]
+    return _forward(x, factors, what, False)[0]
 
 
 def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = "bmm") -> Tensor:
@@ -79,8 +80,9 @@ def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = 
     return y
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor]:
-    """The result, and what its gradients need besides the input: each step's input where that is a new tensor."""
+def _run(x: Tensor, factors: Sequence[Tensor], what: Program) -> tuple[list[Product], list[Tensor]]:
+    """The last product of each term, still to be run, and what the gradients need besides the input: each step's input
+    where that is a new tensor."""
     x, remaining = x.contiguous(), iter(factors)
     saved: list[Tensor] = []
     products: list[Product] = []
@@ -94,15 +96,21 @@ def _forward(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor
                 products.append(Product(step.forward, step.after, z, weight))
             else:
                 z = multiply_then(step.forward, step.after, z, weight)
+    return products, saved
+
+
+def _forward(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool) -> list[Tensor]:
+    """The result, and what `_run` saved if ``keep``."""
+    products, saved = _run(x, factors, what)
     y = add(products)
-    return [y.view(x.shape[0], prod(y.shape[1:])), *saved]
+    return [y.view(x.shape[0], prod(y.shape[1:])), *(saved if keep else ())]
 
 
 def _backward(
     dy: Tensor, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, needed: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the input and of every factor; an empty tensor where one is not needed."""
-    x, dy, kept = x.contiguous(), dy.contiguous(), iter(saved)
+    x, dy, kept = x.contiguous(), dy.contiguous(), iter(saved or _run(x, factors, what)[1])
     empty = dy.new_empty(0)
     products: list[Product] = []
     gradients: list[Tensor] = []
@@ -125,9 +133,9 @@ def _backward(
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, what: Program, opaque: bool, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, what: Program, opaque: bool, keep: bool, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         ctx.what, ctx.opaque = what, opaque
-        y, *saved = _below_autograd(x, factors, what) if opaque else _forward(x, factors, what)
+        y, *saved = _below_autograd(x, factors, what, keep) if opaque else _forward(x, factors, what, keep)
         ctx.factors = len(factors)
         ctx.save_for_backward(x, *factors, *saved)
         ctx.mark_non_differentiable(*saved)
@@ -138,12 +146,12 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_saved: None) -> tuple[Tensor | None, ...]:
         count: int = ctx.factors
         if dy is None:
-            return (None,) * (3 + count)
+            return (None,) * (4 + count)
         x, *rest = ctx.saved_tensors
         factors, saved = rest[:count], rest[count:]
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return (None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed))
+            return (None, None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed))
         if ctx.opaque:
             found: list[Tensor] = _backward_op(dy, x, factors, saved, ctx.what.text, needed)
         else:
@@ -151,7 +159,7 @@ class _Multiply(torch.autograd.Function):
         gradients: list[Tensor | None] = [
             gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)
         ]
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 def _differentiable_backward(
@@ -162,22 +170,22 @@ def _differentiable_backward(
     return (next(found) if need else None for need in needed)
 
 
-def _below_autograd(x: Tensor, factors: Sequence[Tensor], what: Program) -> list[Tensor]:
+def _below_autograd(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        result: list[Tensor] = _forward_op(x, factors, what.text)
+        result: list[Tensor] = _forward_op(x, factors, what.text, keep)
     return result
 
 
-def _autograd(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+def _autograd(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True) -> list[Tensor]:
     refuse_transforms("multiply")
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        return list(_Multiply.apply(program(text), True, x, *factors))  # type: ignore[no-untyped-call]
-    return _below_autograd(x, factors, program(text))
+        return list(_Multiply.apply(program(text), True, keep, x, *factors))  # type: ignore[no-untyped-call]
+    return _below_autograd(x, factors, program(text), keep)
 
 
-def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+def _fake_forward(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True) -> list[Tensor]:
     _register_flops()
-    widths = saved_widths(text, tensor_memory(x.device, x.dtype))
+    widths = saved_widths(text, tensor_memory(x.device, x.dtype)) if keep else []
     y = x.new_empty(x.shape[0], program(text).chains[0].out_features)
     return [y, *(x.new_empty(x.shape[0] * width) for width in widths)]
 
@@ -188,14 +196,14 @@ def _fake_backward(
     return [x.new_empty(t.shape if need else (0,)) for t, need in zip((x, *factors), needed, strict=True)]
 
 
-def _compute(x: Tensor, factors: Sequence[Tensor], text: str) -> list[Tensor]:
+def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True) -> list[Tensor]:
     what = program(text)
     wanted: list[tuple[int, ...]] = [(x.shape[0], what.chains[0].in_features)]
     wanted += [tuple(what.sizes[a] for a in parse(s.equation)[1]) for chain in what.chains for s in chain.stages]
     given = [tuple(tensor.shape) for tensor in (x, *factors)]
     if given != wanted:
         raise ValueError(f"{text!r} takes an input and factors of shapes {wanted}, not {given}")
-    return _forward(x, factors, what)
+    return _forward(x, factors, what, keep)
 
 
 def _compute_backward(
