@@ -117,5 +117,5 @@ def test_one_step_moves_the_output_as_far_as_that_of_a_dense_layer(spec, width):
 
 
 def test_without_the_scales_one_step_would_not(monkeypatch):
-    monkeypatch.setattr(analysis, "lr_scale", lambda plan, name: 1.0)
+    monkeypatch.setattr(analysis, "lr_scale", lambda plan, name, optimizer: 1.0)
     assert change(sl.BTT(), 256) / change(sl.Dense(), 256) < 0.3

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from .plan import Plan, Step, Term
 
+OPTIMIZERS = ("adam", "sgd")
+"""The kinds of optimizer that `lr_scale` knows: Adam and what divides by the size of its gradient, and SGD."""
+
 
 def num_params(plan: Plan) -> int:
     """Number of weights in all factors (without a bias)."""
@@ -163,10 +166,18 @@ def init_std(plan: Plan, name: str) -> float:
     return float((min(1.0, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5)
 
 
-def lr_scale(plan: Plan, name: str) -> float:
-    """Adam learning rate of one factor relative to that of the dense layer it replaces.
+def lr_scale(plan: Plan, name: str, optimizer: str = "adam") -> float:
+    """Learning rate of one factor relative to that of the dense layer it replaces, under ``"adam"`` or ``"sgd"``.
 
-    ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates).
+    Adam: ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates). SGD: that
+    times ``(features that the step yields) / out_features``, derived in docs/learning-rates.md. For a step without
+    groups and waiting axes it is the rule of Potapczynski et al. 2024, whose code leaves both out.
+
+    Raises:
+        ValueError: for another optimizer.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(OPTIMIZERS)}")
     fan_in, _ = fan(plan, name)
-    return plan.in_features / fan_in / len(plan.factors)
+    adam = plan.in_features / fan_in / len(plan.factors)
+    return adam if optimizer == "adam" else adam * plan.size(plan.factors[name][1].y) / plan.out_features
