@@ -170,14 +170,15 @@ def lr_scale(plan: Plan, name: str, optimizer: str = "adam") -> float:
     """Learning rate of one factor relative to that of the dense layer it replaces, under ``"adam"`` or ``"sgd"``.
 
     Adam: ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates). SGD: that
-    times ``(features that the step yields) / out_features``, derived in docs/learning-rates.md. For a step without
-    groups and waiting axes it is the rule of Potapczynski et al. 2024, whose code leaves both out.
+    times ``(features that the step yields) / (features that its term yields)``, derived in docs/learning-rates.md.
+    The code of Potapczynski et al. 2024 has the factor's fan-out there, which is the same for a step without groups
+    and waiting axes.
 
     Raises:
         ValueError: for another optimizer.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(OPTIMIZERS)}")
-    fan_in, _ = fan(plan, name)
-    adam = plan.in_features / fan_in / len(plan.factors)
-    return adam if optimizer == "adam" else adam * plan.size(plan.factors[name][1].y) / plan.out_features
+    term, step = plan.factors[name]
+    adam = plan.in_features / plan.size(step.contract) / len(plan.factors)
+    return adam if optimizer == "adam" else adam * plan.size(step.y) / plan.size(term.y)

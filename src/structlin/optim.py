@@ -19,7 +19,7 @@ from .nn import StructuredLinear
 
 Shape = tuple[int, ...]
 
-# modules whose parameters of two and more dimensions are stored as (out, in, ...)
+# modules whose weights are stored as (out, in, ...), besides a StructuredLinear
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
@@ -110,50 +110,45 @@ def _width(model: nn.Module, base: nn.Module, optimizer: str) -> dict[nn.Paramet
     modules = dict(base.named_modules())
     scales = {}
     for parameter, (path, module, name) in _owners(model).items():
+        shape, old = (_shape(of, name, module) for of in (module, modules.get(path)))
         full = f"{path}.{name}".removeprefix(".")
-        if path not in modules:
-            raise ValueError(f"base has no module {path!r}, where the model has {full}; give the same model, narrower")
-        into, out = _growth(full, _shape(module, name), _shape(modules[path], name), module)
+        if old is None or shape is None or len(old) != len(shape):
+            raise ValueError(
+                f"base must be the same model at another width, but {full} has shape {shape} in the model and "
+                f"{old or 'no counterpart'} in base"
+            )
+        ratios = [size / size_of_base for size, size_of_base in zip(shape, old, strict=True)]
+        into, out = 1.0, prod(ratios)
+        if len(shape) > 1 and isinstance(module, (*MATRICES, StructuredLinear)) and not name.startswith("bias"):
+            into, out = prod(ratios[1:]), ratios[0]
+        elif sum(ratio != 1 for ratio in ratios) > 1:
+            known = ", ".join(kind.__name__ for kind in (*MATRICES, StructuredLinear))
+            raise ValueError(
+                f"{full} grows from {old} to {shape}, and which of these is the fan-in of a {type(module).__name__} "
+                f"is not known; with base, matrices may belong to {known}"
+            )
         scales[parameter] = 1 / into if optimizer == "adam" else out / into
     return scales
 
 
-def _shape(module: nn.Module, name: str) -> Shape:
-    """Shape of a parameter, for a factor or a dense weight that of the matrix (out, in)."""
-    if isinstance(module, nn.Linear | StructuredLinear) and name != "bias":
+def _shape(module: nn.Module | None, name: str, model: nn.Module) -> Shape | None:
+    """Shape of what the ``model``'s module calls ``name``: of a factor or dense weight that of the matrix (out, in)."""
+    weight = name in model.plan.factors if isinstance(model, StructuredLinear) else name == "weight"
+    if weight and isinstance(module, nn.Linear | StructuredLinear):
         return module.out_features, module.in_features
     parameter = getattr(module, name, None)
-    return () if parameter is None else tuple(parameter.shape)
-
-
-def _growth(full: str, shape: Shape, base: Shape, module: nn.Module) -> tuple[float, float]:
-    """How many times the base's fan-in and fan-out a parameter has."""
-    if len(shape) != len(base):
-        raise ValueError(f"{full} has shape {shape} in the model and {base} in base; give the same model, narrower")
-    ratios = [size / size_of_base for size, size_of_base in zip(shape, base, strict=True)]
-    if len(shape) > 1 and isinstance(module, (*MATRICES, StructuredLinear)):
-        return prod(ratios[1:]), ratios[0]
-    if sum(ratio != 1 for ratio in ratios) > 1:
-        known = ", ".join(kind.__name__ for kind in (*MATRICES, StructuredLinear))
-        raise ValueError(
-            f"{full} grows from {base} to {shape}, but which size is the fan-in of a {type(module).__name__} is not "
-            f"known; with base, matrices may belong to {known}"
-        )
-    return 1.0, prod(ratios)
+    return None if parameter is None else tuple(parameter.shape)
 
 
 def _depth(model: nn.Module, depth: Mapping[str, float], optimizer: str) -> dict[nn.Parameter, float]:
     """The multiplier of every trainable parameter in a residual branch; the first glob that matches counts."""
-    scales: dict[nn.Parameter, float] = {}
-    used = set()
-    for parameter, (path, _, _) in _owners(model).items():
-        for pattern, ratio in depth.items():
-            if fnmatchcase(path, pattern):
-                scales[parameter] = ratio**-0.5 if optimizer == "adam" else 1.0
-                used.add(pattern)
-                break
+    owners = _owners(model)
     for pattern, ratio in depth.items():
-        if pattern not in used or not 0 < ratio < float("inf"):
-            allowed = "allowed: globs that match modules with parameters, positive numbers"
+        if not (0 < ratio < float("inf") and any(fnmatchcase(path, pattern) for path, _, _ in owners.values())):
+            allowed = "allowed: globs that match modules with trainable parameters, positive numbers"
             raise ValueError(f"depth={{{pattern!r}: {ratio}}}; {allowed}")
+    scales: dict[nn.Parameter, float] = {}
+    for parameter, (path, _, _) in owners.items():
+        ratio = next((ratio for pattern, ratio in depth.items() if fnmatchcase(path, pattern)), 1.0)
+        scales[parameter] = ratio**-0.5 if optimizer == "adam" else 1.0
     return scales
