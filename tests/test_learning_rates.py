@@ -53,7 +53,7 @@ def network(spec, width, seed=0):
 
 
 def changes(spec, width, optimizer, ours):
-    """Root mean square, of what five steps change behind each layer after the first."""
+    """Root mean square of what five steps change behind each layer after the first."""
     squares = torch.zeros(3)
     with torch.device("meta"):
         base = network(spec, WIDTHS[0])
