@@ -237,3 +237,21 @@ def test_one_step_moves_the_output_as_far_as_that_of_a_dense_layer(spec, width):
 def test_without_the_scales_one_step_would_not(monkeypatch):
     monkeypatch.setattr(analysis, "lr_scale", lambda plan, name, optimizer: 1.0)
     assert change(sl.BTT(), 256) / change(sl.Dense(), 256) < 0.3
+
+
+def fall(spec, width):
+    """By how much, to first order, one step of SGD lowers a linear loss of a square layer's output."""
+    torch.manual_seed(0)
+    layer = sl.StructuredLinear(width, width, spec, bias=False)
+    x, cotangent = torch.randn(2, 256, width)
+    (layer(x) * cotangent).sum().backward()
+    groups = sl.param_groups(layer, lr=1.0, optimizer="sgd")
+    return sum(group["lr"] * p.grad.square().sum().item() for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("spec", [*defaults(), sl.BTT(rank=4), sl.LowRank(rank=32)], ids=str)
+def test_one_step_of_sgd_lowers_a_loss_as_a_dense_layer_does(spec, width):
+    plan = spec.plan(width, width)
+    narrowest = min(plan.size(step.y) for _, step in plan.factors.values())  # carries that share of a random vector
+    assert fall(spec, width) / fall(sl.Dense(), width) == pytest.approx(min(1, narrowest / width), rel=0.2)
