@@ -99,6 +99,16 @@ def test_fans_and_scales_follow_the_contracted_axes():
     assert analysis.lr_scale(LOW_RANK, "up") == pytest.approx(10 / 3 / 2)
 
 
+def test_sgd_rates_count_what_a_step_yields():
+    low, up = (analysis.lr_scale(LOW_RANK, name, "sgd") for name in ("down", "up"))
+    assert (low, up) == (pytest.approx(10 / 10 * 3 / LOW_RANK.out_features / 2), pytest.approx(10 / 3 / 2))
+    blocks = Plan.einsum("g k, g n k -> g n", names=["blocks"], g=4, n=6, k=2)
+    assert analysis.lr_scale(blocks, "blocks", "sgd") == 4  # each block sees a quarter of the inputs
+    shared = Plan.einsum("a b, i a, j b -> i j", names=["first", "second"], a=2, b=5, i=3, j=4)
+    assert analysis.lr_scale(shared, "first", "sgd") == pytest.approx(10 / 2 * (3 * 5) / (3 * 4) / 2)
+    assert analysis.lr_scale(shared, "second", "sgd") == pytest.approx(10 / 5 / 2)
+
+
 def test_a_sum_starts_at_the_scale_of_one_matrix():
     lower = Plan.einsum("g k, g n k -> g n", names=["lower"], g=4, n=6, k=4)
     assert analysis.init_std(DYAD, "lower") == pytest.approx(analysis.init_std(lower, "lower") / 2**0.5)

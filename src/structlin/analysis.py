@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from .plan import Plan, Step, Term
 
+OPTIMIZERS = ("adam", "sgd")
+"""The kinds of optimizer that `lr_scale` knows: Adam and what divides by the size of its gradient, and SGD."""
+
 
 def num_params(plan: Plan) -> int:
     """Number of weights in all factors (without a bias)."""
@@ -163,10 +166,19 @@ def init_std(plan: Plan, name: str) -> float:
     return float((min(1.0, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5)
 
 
-def lr_scale(plan: Plan, name: str) -> float:
-    """Adam learning rate of one factor relative to that of the dense layer it replaces.
+def lr_scale(plan: Plan, name: str, optimizer: str = "adam") -> float:
+    """Learning rate of one factor relative to that of the dense layer it replaces, under ``"adam"`` or ``"sgd"``.
 
-    ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates).
+    Adam: ``(in_features / fan_in) / number of factors`` (Qiu et al. 2024, structure-aware learning rates). SGD: that
+    times ``(features that the step yields) / (features that its term yields)``, derived in docs/learning-rates.md.
+    The code of Potapczynski et al. 2024 has the factor's fan-out there, which is the same for a step without groups
+    and waiting axes.
+
+    Raises:
+        ValueError: for another optimizer.
     """
-    fan_in, _ = fan(plan, name)
-    return plan.in_features / fan_in / len(plan.factors)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(OPTIMIZERS)}")
+    term, step = plan.factors[name]
+    adam = plan.in_features / plan.size(step.contract) / len(plan.factors)
+    return adam if optimizer == "adam" else adam * plan.size(step.y) / plan.size(term.y)

@@ -1,8 +1,15 @@
-"""Structure-aware learning rates: every factor at the rate that its fan-in asks for."""
+"""Structure-aware learning rates: every factor at the rate that its fan-in asks for, every layer at that of its width.
+
+The rule of a factor is data of its layer's plan (`analysis.lr_scale`), so groups follow from the modules alone; the
+growth of a layer needs the same model at the width that was tuned. docs/learning-rates.md derives both.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -10,45 +17,138 @@ from torch import nn
 from . import analysis
 from .nn import StructuredLinear
 
+Shape = tuple[int, ...]
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups for Adam or AdamW in which ``lr`` means the same for dense and structured layers.
+# modules whose weights are stored as (out, in, ...), besides a StructuredLinear
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
-    A factor gets ``lr * in_features / fan_in / number of factors`` (Qiu et al. 2024), and so do the parameters of its
-    parametrization if it has one; everything else gets ``lr``. Weight decay applies to parameters of two or more
-    dimensions. Frozen parameters are left out, shared ones occur once.
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    optimizer: str = "adam",
+    base: nn.Module | None = None,
+    depth: Mapping[str, float] | None = None,
+    independent_decay: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameter groups in which ``lr`` means the same for dense and structured layers, and for every width.
+
+    A factor gets ``lr`` times `analysis.lr_scale`, and so do the parameters of its parametrization if it has one. With
+    a ``base``, a weight moreover gets the muP multiplier of its layer's growth against the layer of the same name
+    there: ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
+    embeddings get the growth of their size (Yang et al. 2021, table 3; Yang et al. 2023, the spectral condition). A
+    readout needs no mark: its input grows and its output does not. Everything else gets ``lr``. Frozen parameters are
+    left out; shared ones occur once, with the rate of the first module that has them.
 
     Args:
         model: any module.
-        lr: learning rate of a dense layer.
-        weight_decay: of matrices.
+        lr: learning rate of a dense layer, of the base model where one is given.
+        weight_decay: of parameters with two or more dimensions; zero for the others.
+        optimizer: "adam" for Adam, AdamW and others that divide by the size of the gradient, or "sgd".
+        base: the same model, dense or structured, at the width for which ``lr`` was tuned; only shapes are read, so it
+            may be on the meta device.
+        depth: glob over module names -> how many times as many residual branches as the tuned model has; Adam's rates
+            there are divided by its square root (Yang et al. 2024). For models that multiply each branch by
+            ``1 / sqrt(number of branches)``; under SGD that multiplier is all that is needed.
+        independent_decay: divide each group's decay by its scale, so that every matrix shrinks by
+            ``lr * weight_decay`` in a step of AdamW or SGD, whatever its own rate.
 
     Returns:
         A list of dictionaries with the keys "params", "lr" and "weight_decay", as every torch optimizer takes it.
 
     Raises:
-        ValueError: for an ``lr`` or ``weight_decay`` that is negative or not finite, or a model without trainable
-            parameters.
+        ValueError: for an ``lr`` or ``weight_decay`` that is negative or not finite, a model without trainable
+            parameters, an unknown optimizer, a ``base`` that is not the same model, a parameter whose fan-in is not
+            known, and a glob of ``depth`` that matches nothing or a depth that is not positive.
     """
     if not (0 <= lr < float("inf") and 0 <= weight_decay < float("inf")):
         raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be finite and not negative")
-    scales = _scales(model)
+    if optimizer not in analysis.OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(analysis.OPTIMIZERS)}")
+    scales = _structure(model, optimizer)
+    for more in (_width(model, base, optimizer) if base else {}, _depth(model, depth or {}, optimizer)):
+        scales = {parameter: scale * more.get(parameter, 1.0) for parameter, scale in scales.items()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups[lr * scales.get(parameter, 1.0), decay].append(parameter)
+    for parameter, scale in scales.items():
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups[lr * scale, decay / scale if independent_decay else decay].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def _scales(model: nn.Module) -> dict[nn.Parameter, float]:
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a module itself, a parametrized one under its own name."""
+    yield from module.named_parameters(recurse=False)
+    for name, parametrization in getattr(module, "parametrizations", {}).items():
+        yield from ((name, parameter) for parameter in parametrization.parameters())
+
+
+def _structure(model: nn.Module, optimizer: str) -> dict[nn.Parameter, float]:
+    """The scale of every trainable parameter within its layer, in the order of the model."""
+    scales = {parameter: 1.0 for parameter in model.parameters() if parameter.requires_grad}
+    for parameter, (_, module, name) in _owners(model).items():
+        if isinstance(module, StructuredLinear) and name in module.plan.factors:
+            scales[parameter] = analysis.lr_scale(module.plan, name, optimizer)
+    return scales
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Module, str]]:
+    """Trainable parameter -> path of the first module that has it, that module, and its name there."""
+    owners: dict[nn.Parameter, tuple[str, nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in _parameters(module):
+            if parameter.requires_grad:
+                owners.setdefault(parameter, (path, module, name))
+    return owners
+
+
+def _width(model: nn.Module, base: nn.Module, optimizer: str) -> dict[nn.Parameter, float]:
+    """The muP multiplier of every trainable parameter."""
+    modules = dict(base.named_modules())
+    scales = {}
+    for parameter, (path, module, name) in _owners(model).items():
+        shape, old = (_shape(of, name, module) for of in (module, modules.get(path)))
+        full = f"{path}.{name}".removeprefix(".")
+        if old is None or shape is None or len(old) != len(shape):
+            raise ValueError(
+                f"base must be the same model at another width, but {full} has shape {shape} in the model and "
+                f"{old or 'no counterpart'} in base"
+            )
+        ratios = [size / size_of_base for size, size_of_base in zip(shape, old, strict=True)]
+        into, out = 1.0, prod(ratios)
+        if len(shape) > 1 and isinstance(module, (*MATRICES, StructuredLinear)) and not name.startswith("bias"):
+            into, out = prod(ratios[1:]), ratios[0]
+        elif sum(ratio != 1 for ratio in ratios) > 1:
+            known = ", ".join(kind.__name__ for kind in (*MATRICES, StructuredLinear))
+            raise ValueError(
+                f"{full} grows from {old} to {shape}, and which of these is the fan-in of a {type(module).__name__} "
+                f"is not known; with base, matrices may belong to {known}"
+            )
+        scales[parameter] = 1 / into if optimizer == "adam" else out / into
+    return scales
+
+
+def _shape(module: nn.Module | None, name: str, model: nn.Module) -> Shape | None:
+    """Shape of what the ``model``'s module calls ``name``: of a factor or dense weight that of the matrix (out, in)."""
+    weight = name in model.plan.factors if isinstance(model, StructuredLinear) else name == "weight"
+    if weight and isinstance(module, nn.Linear | StructuredLinear):
+        return module.out_features, module.in_features
+    parameter = getattr(module, name, None)
+    return None if parameter is None else tuple(parameter.shape)
+
+
+def _depth(model: nn.Module, depth: Mapping[str, float], optimizer: str) -> dict[nn.Parameter, float]:
+    """The multiplier of every trainable parameter in a residual branch; the first glob that matches counts."""
+    owners = _owners(model)
+    for pattern, ratio in depth.items():
+        if not (0 < ratio < float("inf") and any(fnmatchcase(path, pattern) for path, _, _ in owners.values())):
+            allowed = "allowed: globs that match modules with trainable parameters, positive numbers"
+            raise ValueError(f"depth={{{pattern!r}: {ratio}}}; {allowed}")
     scales: dict[nn.Parameter, float] = {}
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            for path, parameter in module.named_parameters():
-                name = path.removeprefix("parametrizations.").split(".")[0]
-                if name in module.plan.factors:
-                    scales.setdefault(parameter, analysis.lr_scale(module.plan, name))
+    for parameter, (path, _, _) in owners.items():
+        ratio = next((ratio for pattern, ratio in depth.items() if fnmatchcase(path, pattern)), 1.0)
+        scales[parameter] = ratio**-0.5 if optimizer == "adam" else 1.0
     return scales
