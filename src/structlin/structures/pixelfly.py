@@ -45,6 +45,10 @@ class Pixelfly(Spec):
             return sparse
         return sparse + LowRank(self.rank).plan(out_features, in_features).apart(sparse)
 
+    def multiples(self) -> tuple[int, int]:
+        cell = self.butterfly_size * self.block_size
+        return cell, cell
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(block_size=2, butterfly_size=4, nfactors=1), (16, 24)
