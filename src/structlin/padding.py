@@ -70,7 +70,7 @@ def fit(
     def hint() -> str:
         wider = None if pad else search()
         if wider is not None:
-            return f"; or pad=True, which {described(wider)}"
+            return f"; or pad=True, which pads {described(wider)}"
         return "; padding does not help: of the wider matrices, up to twice as wide, none fits" if pad else ""
 
     found = search() if pad else None
@@ -98,13 +98,13 @@ def described(plan: Plan) -> str:
     """What the padding of a plan costs, in words; empty where nothing is padded.
 
     >>> described(replace(Plan.einsum("i, o i -> o", i=5, o=4), kept=(4, 4)))
-    'pads 4x4 to 4x5, +25.0% entries'
+    '4x4 to 4x5, +25.0% entries'
     """
     if plan.kept is None:
         return ""
     (rows, columns), (out_features, in_features) = plan.padded, plan.kept
     more = rows * columns / (out_features * in_features) - 1
-    return f"pads {out_features}x{in_features} to {rows}x{columns}, +{more:.1%} entries"
+    return f"{out_features}x{in_features} to {rows}x{columns}, +{more:.1%} entries"
 
 
 def unlinked(plan: Plan) -> tuple[int, int]:

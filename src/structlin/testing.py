@@ -36,21 +36,21 @@ def examples() -> list[tuple[Spec, Shape]]:
 
 
 def padded_examples() -> list[tuple[Spec, Shape]]:
-    """Every example that padding changes at some shape a little smaller, with ``pad=True`` and the smallest padding."""
-    found = []
+    """For every structure that does not have all widths an example with ``pad=True``, at a shape that needs it."""
+    found: dict[str, tuple[Spec, Shape]] = {}
     for spec, (out_features, in_features) in examples():
-        spec = replace(spec, pad=True)
-        shapes = ((out_features - i, in_features - j) for i, j in ((1, 1), (0, 1), (1, 0), (1, 3)))
-        found += [(spec, shape) for shape in shapes if _fits(spec, shape) and spec.plan(*shape).kept is not None][:1]
-    return found
+        for i, j in ((1, 1), (0, 1), (1, 0), (1, 3)):
+            padded, shape = replace(spec, pad=True), (out_features - i, in_features - j)
+            if spec.name not in found and _is_padded(padded, shape):
+                found[spec.name] = padded, shape
+    return list(found.values())
 
 
-def _fits(spec: Spec, shape: Shape) -> bool:
+def _is_padded(spec: Spec, shape: Shape) -> bool:
     try:
-        spec.plan(*shape)
+        return spec.plan(*shape).kept is not None
     except ValueError:
         return False
-    return True
 
 
 def make(

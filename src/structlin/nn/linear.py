@@ -189,7 +189,7 @@ class StructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)
         drawn = f", init={self.init!r}" * (self.init != "spectral") + ", zero_last=True" * self.zero_last
-        padding = f", {padded}" if (padded := described(self.plan)) else ""
+        padding = f", padded {padded}" if (padded := described(self.plan)) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec!r}, "
             f"bias={self.bias is not None}{drawn}, params={params:,}, compute={compute:.1%}{padding}"
