@@ -45,7 +45,11 @@ class MisfitError(ValueError):
 
 
 def fit(
-    exact: Callable[[int, int], Plan], out_features: int, in_features: int, multiples: tuple[int, int], pad: bool
+    exact: Callable[[int, int], Plan],
+    out_features: int,
+    in_features: int,
+    multiples: Callable[[int, int], tuple[int, int]],
+    pad: bool,
 ) -> Plan:
     """The plan that ``exact`` makes for these widths, or with ``pad`` the one for the smallest wider matrix.
 
@@ -53,7 +57,7 @@ def fit(
         exact: (out_features, in_features) -> plan; ValueError where the structure has no such matrix.
         out_features: rows to keep.
         in_features: columns to keep.
-        multiples: of what rows and columns must be multiples at least.
+        multiples: `Spec.multiples`: of what wider rows and columns must be multiples at least.
         pad: whether to pad.
 
     Raises:
@@ -65,7 +69,7 @@ def fit(
         reason = error.reason if isinstance(error, MisfitError) else str(error)
 
     def search() -> Plan | None:
-        return _search(exact, out_features, in_features, multiples)
+        return _search(exact, out_features, in_features, multiples(out_features, in_features))
 
     def hint() -> str:
         wider = None if pad else search()
@@ -83,7 +87,7 @@ def with_padding(exact: Callable[[Any, int, int], Plan]) -> Callable[[Any, int, 
     """The method `Spec.plan` that pads, for a method ``exact`` that does not."""
 
     def found(spec: Any, out_features: int, in_features: int) -> Plan:
-        return fit(partial(exact, spec), out_features, in_features, spec.multiples(), spec.pad)
+        return fit(partial(exact, spec), out_features, in_features, spec.multiples, spec.pad)
 
     searched = lru_cache(maxsize=256)(found)  # a model has many layers of one shape
 

@@ -60,10 +60,10 @@ class Spec:
         """
         raise NotImplementedError
 
-    def multiples(self) -> tuple[int, int]:
-        """What out_features and in_features must be multiples of, as far as the parameters alone say.
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """What the widths of a matrix that pads one of these widths are multiples of.
 
-        Padding looks for widths among these only, which makes it fast; (1, 1) is always right.
+        Padding looks for widths among these only, which makes it fast. A structure that says nothing tries all.
         """
         return 1, 1
 

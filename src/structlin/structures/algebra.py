@@ -40,8 +40,8 @@ class Sum(Spec):
         plans = [term.plan(out_features, in_features) for term in self.terms]
         return reduce(lambda total, plan: total + plan.apart(total), plans)
 
-    def multiples(self) -> tuple[int, int]:
-        outs, ins = zip(*(term.multiples() for term in self.terms), strict=True)
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        outs, ins = zip(*(term.multiples(out_features, in_features) for term in self.terms), strict=True)
         return lcm(*outs), lcm(*ins)
 
     def __str__(self) -> str:
@@ -78,8 +78,10 @@ class Product(Spec):
         rows, columns = (out_features, *inner), (*inner, in_features)
         return reduce(matmul, (f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)))
 
-    def multiples(self) -> tuple[int, int]:
-        return self.factors[0].multiples()[0], self.factors[-1].multiples()[1]
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        inner = self.width or 1
+        first, last = self.factors[0], self.factors[-1]
+        return first.multiples(out_features, inner)[0], last.multiples(inner, in_features)[1]
 
     def __str__(self) -> str:
         shown = (f"({f})" if isinstance(f, Sum | Product) else str(f) for f in self.factors)
@@ -105,8 +107,8 @@ class Transpose(Spec):
         """The structure itself."""
         return replace(self.of, pad=self.pad)
 
-    def multiples(self) -> tuple[int, int]:
-        return self.of.multiples()[::-1]
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.of.multiples(in_features, out_features)[::-1]
 
     def __str__(self) -> str:
         return _with_padding(f"({self.of}).T" if isinstance(self.of, Sum | Product) else f"{self.of}.T", self.pad)

@@ -34,7 +34,7 @@ class Blast(Spec):
             i=self.nblocks, j=self.nblocks, p=p, q=q, r=rank,
         )  # fmt: skip
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         return self.nblocks, self.nblocks
 
     @classmethod

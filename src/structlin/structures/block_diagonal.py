@@ -37,7 +37,7 @@ class BlockDiagonal(Spec):
             )
         return Plan.einsum("c g i, g o i c -> g o", names=["blocks"], c=n, g=n, i=i // n, o=o)
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         return self.nblocks, self.nblocks ** (1 + self.shuffle)
 
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:

@@ -53,7 +53,7 @@ class Chain(Spec):
                     raise ValueError(f"{end}_features={width} is not {' x '.join(axes.split())} with sizes {sizes}")
         return Plan.einsum(self.equation.replace(";", ","), names=None, **sizes)
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         sizes, (left, _, right) = self._sizes(), self.equation.partition("->")
         out, into = (prod(sizes.get(axis, 1) for axis in axes.split()) for axes in (right, left.split(";")[0]))
         return out, into

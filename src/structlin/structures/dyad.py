@@ -30,7 +30,7 @@ class Dyad(Spec):
         upper = Plan.einsum(f"{x}, g n k -> {y}", names=["upper"], g=self.nblocks, n=n, k=k)
         return lower + upper
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         return self.nblocks, self.nblocks
 
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:

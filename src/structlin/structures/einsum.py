@@ -72,7 +72,7 @@ class Einsum(Spec):
         equation = f"{', '.join([operands[0], *(axes for _, axes in kept)])} -> {operands[3]}"
         return Plan.einsum(equation, names=[name for name, _ in kept], **{a: n for a, n in size.items() if a in used})
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         return (prod(self.dims[3:6]), prod(self.dims[:3])) if self.dims else (1, 1)
 
     @classmethod

@@ -28,7 +28,7 @@ class Kronecker(Spec):
         e, d = digits("out_dims", out_features, self.out_dims, balanced(out_features))
         return Plan.einsum("b a, d a, e b -> e d", names=["right", "left"], a=a, b=b, d=d, e=e)
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         return prod(self.out_dims or (1,)), prod(self.in_dims or (1,))
 
     @classmethod

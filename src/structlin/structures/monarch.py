@@ -50,7 +50,7 @@ class Monarch(Spec):
         ins, outs = (*[n] * (p - 1), in_features // outer), (*[n] * (p - 1), out_features // outer)
         return block_chain(ins, outs, self.rank or small // n**p, self.order)
 
-    def multiples(self) -> tuple[int, int]:
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         outer = self.nblocks ** (self.factors - 1)
         return outer, outer
 
