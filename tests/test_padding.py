@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pickle
 import re
 
 import pytest
@@ -46,6 +47,7 @@ def test_without_padding_the_error_says_what_padding_takes(spec, shape):
     with pytest.raises(ValueError, match=re.escape(f"; or pad=True, which pads {padding.described(plan)}")) as refusal:
         dataclasses.replace(spec, pad=False).plan(*shape)
     assert str(refusal.value).count("pad=True") == 1
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)
 
 
 @pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)

@@ -9,7 +9,7 @@ import torch
 
 from . import analysis
 from .nn import StructuredLinear
-from .nn.explain import padding
+from .nn.explain import padding_copies
 from .ops.lowering import lower
 from .padding import described
 from .plan import Plan
@@ -149,7 +149,7 @@ def _runs(plan: Plan) -> list[str]:
             lines.append(stage.equation)
         if chain.relayout is not None:
             lines.append("relayout to the order of the output")
-    relayouts, (before, after) = sum(line.startswith("relayout") for line in lines), padding(plan)
+    relayouts, (before, after) = sum(line.startswith("relayout") for line in lines), padding_copies(plan)
     return [*before, *lines, *after, f"{_count(len(lines) - relayouts, 'product')}, {_count(relayouts, 'relayout')}"]
 
 

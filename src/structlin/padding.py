@@ -43,6 +43,9 @@ class MisfitError(ValueError):
     def __str__(self) -> str:
         return self.reason + self.hint()
 
+    def __reduce__(self) -> tuple[type[ValueError], tuple[str]]:
+        return ValueError, (str(self),)  # a hint cannot go to another process, its text can
+
 
 def fit(
     exact: Callable[[int, int], Plan],

@@ -43,12 +43,12 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
         return Explanation([dense])
     if layer.backend == "dense":
         return Explanation([Ran(dense.what, "linear", forced + "; the weight is kept in inference")])
-    (before, after), why = padding(layer.plan), "the width does not fit the structure"
+    (before, after), why = padding_copies(layer.plan), "the width does not fit the structure"
     copies = [[Ran(what, "copy", why) for what in ends] for ends in (before, after)]
     return Explanation([*copies[0], *_multiplied(layer, tokens), *copies[1]])
 
 
-def padding(plan: Plan) -> tuple[list[str], list[str]]:
+def padding_copies(plan: Plan) -> tuple[list[str], list[str]]:
     """The copies before and after what runs that a padded plan needs, in words; none where an end is not padded."""
     (rows, columns), (out_features, in_features) = plan.padded, (plan.out_features, plan.in_features)
     before = [f"pad the input from {in_features} to {columns}"] if columns > in_features else []
