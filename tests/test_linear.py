@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import structlin as sl
 from structlin import analysis
 from structlin.ops import BACKENDS
-from structlin.testing import assert_close, inputs, make, plain
+from structlin.testing import assert_close, compiles_whole, inputs, make, plain
 
 # one factor; two with a relayout between; a free axis; a sum with one; a chain of three
 SPECS = [sl.BlockDiagonal(4), sl.Monarch(2), sl.Kronecker(), sl.Dyad(4, "dt"), sl.LowRank(4), sl.BTT(2)]
@@ -452,3 +452,9 @@ def test_gradients_by_transform_inside_compiled_code():
 def test_what_is_no_spec_is_refused(spec):
     with pytest.raises(ValueError, match=r"is no spec; give one, as Monarch\(nblocks=4\)"):
         sl.StructuredLinear(16, 24, spec)
+
+
+def test_compiled_where_relayouts_are_views():
+    """At a prime width a digit has size 1; an operator may return no view of its input, and says so by a warning."""
+    for pad in (False, True):
+        compiles_whole(sl.TensorTrain(cores=2, rank=3, pad=pad), (24 - pad, 13), "cpu")

@@ -87,7 +87,7 @@ def refusal(spec, shape):
 
 def named(message):
     """The parameter that a refusal speaks of and one value that it allows, or nothing."""
-    found = re.search(r"(\w+) may be (\d+)(?:, | to |$)", message)
+    found = re.search(r"(\w+) may be (\d+)(?:, |; | to |$)", message)
     return (found[1], int(found[2])) if found else None
 
 

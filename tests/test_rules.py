@@ -27,9 +27,11 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 LAYERS = (
-    ("plan", "version", "widths"),
+    ("version", "widths"),
+    ("plan",),
+    ("padding",),
     ("analysis", "spec", "report.records"),
-    ("structures", "kernels"),
+    ("structures", "kernels", "accuracy"),
     ("ops",),
     ("nn",),
     ("surgery", "optim", "checkpoint", "testing", "machine", "describe"),
@@ -39,7 +41,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 SIDEWAYS = {("checkpoint", "surgery"), ("train", "models"), ("__main__", "cli")}
-WITHOUT_TORCH = ("plan", "widths", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "widths", "padding", "analysis", "spec", "structures", "report")
 
 # besides what the package of structures exports
 PUBLIC = [

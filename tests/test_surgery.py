@@ -144,7 +144,8 @@ def test_every_problem_is_in_one_message():
         "cannot convert the model:",
         "  rule '2' matches no nn.Linear",
         "  rule 'nope.*' matches no nn.Linear",
-        "  0 (10x16): nblocks=4 does not divide out_features=10; nblocks may be 1, 2",
+        "  0 (10x16): nblocks=4 does not divide out_features=10; nblocks may be 1, 2; "
+        "or pad=True, which pads 10x16 to 12x16, +20.0% entries",
         "  1 (16x10): rank=99 exceeds min(out_features, in_features); rank may be 1 to 10",
         "  3 (4x0): is a LazyLinear, whose owner may use its weight directly; keep it by a None rule",
     ]

@@ -4,11 +4,12 @@ by the thousand without building one. If a fact can be read off the plan it is w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations, product
 from math import log
 from typing import NamedTuple
 
+from .padding import Digits, digits
 from .plan import Plan, Step, Term
 
 OPTIMIZERS = ("adam", "sgd")
@@ -36,16 +37,18 @@ def compute(plan: Plan) -> float:
 
 
 def traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
-    """Bytes that a forward pass moves when every step, and every lookup of blocks, reads its operands and writes its
-    result once."""
+    """Bytes that a forward pass moves when every step, every lookup of blocks and every copy that adds padding or cuts
+    it off reads its operands and writes its result once."""
     looked_up = sum(
         plan.width(axes, table) + plan.size(axes)
         for term in plan.terms
         for axes, table in ((term.x, term.table), (term.y, term.out_table))
         if table is not None
     )
+    ends = zip(plan.padded, (plan.out_features, plan.in_features), strict=True)
+    copied = sum(whole + kept for whole, kept in ends if whole != kept)  # adding the padding and cutting it off
     steps = [step for _, step in plan.factors.values()]
-    moved = looked_up + sum(plan.size(step.x) + plan.size(step.y) for step in steps)
+    moved = looked_up + copied + sum(plan.size(step.x) + plan.size(step.y) for step in steps)
     return itemsize * (tokens * moved + sum(plan.size(step.w) for step in steps))
 
 
@@ -57,14 +60,15 @@ def fused_traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
 def saved_activations(plan: Plan) -> int:
     """Elements per token that the backward pass needs: the input, once, what a table looks up, every intermediate."""
     hidden = sum(plan.size(step.y) for term in plan.terms for step in term.steps[:-1])
-    return plan.in_features + hidden + sum(plan.size(term.x) for term in plan.terms if term.table is not None)
+    return plan.padded[1] + hidden + sum(plan.size(term.x) for term in plan.terms if term.table is not None)
 
 
 def rank_bound(plan: Plan) -> int:
     """Largest rank of the matrix, attained by generic factors: the minimum cut between input and output.
 
     In each term's tensor network every factor stands on the side of the input or of the output; the sizes of the
-    axes that cross multiply, and the smallest product over all divisions bounds the rank. Terms add.
+    axes that cross multiply, and the smallest product over all divisions bounds the rank. Terms add. Of a padded
+    matrix it is a bound only: how the padding falls into blocks can cost a little more.
     """
 
     def cut(term: Term) -> int:
@@ -86,26 +90,19 @@ def density(plan: Plan) -> float:
     """
     if any(set(term.x).isdisjoint(term.y) for term in plan.terms):
         return 1.0
-    classes = [_classes(plan, term) for term in plan.terms]
+    classes = [digits(plan, term) for term in plan.terms]
     linked = 0
     for size in range(1, len(classes) + 1):
         for chosen in combinations(classes, size):
-            inputs = Counter(zip(*(ins for ins, _ in chosen), strict=True))
-            outputs = Counter(zip(*(outs for _, outs in chosen), strict=True))
-            pairs = sum(n * outputs[digits] for digits, n in inputs.items())
+            inputs, outputs = (_together(ends) for ends in zip(*chosen, strict=True))
+            pairs = sum(n * outputs[values] for values, n in inputs.items())
             linked += pairs if size % 2 else -pairs
     return linked / (plan.in_features * plan.out_features)
 
 
-def _classes(plan: Plan, term: Term) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """For every input and every output of a term its digits on the axes that both ends have."""
-    shared = [axis for axis in term.x if axis in term.y]
-
-    def read(axes: tuple[str, ...]) -> list[tuple[int, ...]]:
-        places = [axes.index(axis) for axis in shared]
-        return [tuple(digits[p] for p in places) for digits in product(*map(range, plan.shape(axes)))]
-
-    return read(term.x), read(term.y)
+def _together(ends: Sequence[Digits]) -> Counter[tuple[Hashable, ...]]:
+    """How many features have which digits in each of several terms."""
+    return Counter(values for feature in zip(*ends, strict=True) for values in product(*feature))
 
 
 class Taxonomy(NamedTuple):

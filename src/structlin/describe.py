@@ -9,7 +9,9 @@ import torch
 
 from . import analysis
 from .nn import StructuredLinear
+from .nn.explain import padding_copies
 from .ops.lowering import lower
+from .padding import described
 from .plan import Plan
 from .spec import Spec
 
@@ -41,6 +43,7 @@ def describe(spec: Spec, out_features: int, in_features: int, tokens: int = 1024
         raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(ITEMSIZES)}")
     plan = spec.plan(out_features, in_features)
     rows = [
+        *_labelled("padding", [text] if (text := described(plan)) else []),
         *_labelled("equation", str(plan).split("  +  ")),
         *_costs(plan, tokens, dtype),
         *_labelled("runs", _runs(plan)),
@@ -146,8 +149,8 @@ def _runs(plan: Plan) -> list[str]:
             lines.append(stage.equation)
         if chain.relayout is not None:
             lines.append("relayout to the order of the output")
-    relayouts = sum(line.startswith("relayout") for line in lines)
-    return [*lines, f"{_count(len(lines) - relayouts, 'product')}, {_count(relayouts, 'relayout')}"]
+    relayouts, (before, after) = sum(line.startswith("relayout") for line in lines), padding_copies(plan)
+    return [*before, *lines, *after, f"{_count(len(lines) - relayouts, 'product')}, {_count(relayouts, 'relayout')}"]
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, count, pairwise
+from itertools import count
 from math import prod
-from operator import mul
+
+from .widths import common_digits
 
 Axes = tuple[str, ...]
 Table = tuple[tuple[int, ...], ...]
@@ -120,12 +121,19 @@ class Plan:
     and links its operands, all terms agree on the shape of the matrix, every factor has an axis or more and a name
     of its own that a parameter can have.
 
+    Attributes:
+        terms: the chains that add up.
+        axes: name and size of every axis.
+        kept: (out_features, in_features) where the matrix of the terms is wider than the layer: its first rows and
+            columns are the layer's, the others padding. None where nothing is padded.
+
     Raises:
         ValueError: when one of these does not hold, naming the axis or the factor.
     """
 
     terms: tuple[Term, ...]
     axes: tuple[tuple[str, int], ...]
+    kept: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         names = [name for term in self.terms for name in term.names]
@@ -148,6 +156,8 @@ class Plan:
         shapes = {(self.width(term.y, term.out_table), self.width(term.x, term.table)) for term in self.terms}
         if len(shapes) > 1:
             raise ValueError(f"the terms of a sum must have one shape (out, in), not {sorted(shapes)}")
+        if self.kept == self.padded or not all(1 <= k <= n for k, n in zip(self.kept or (), self.padded, strict=False)):
+            raise ValueError(f"a plan of {self.padded} can keep fewer rows or columns, not {self.kept}")
 
     def _check_axis(self, axis: str) -> None:
         if axis == TOKENS:
@@ -203,7 +213,9 @@ class Plan:
         for axis in sorted(self.sizes.keys() & other.sizes.keys()):
             if self.sizes[axis] != other.sizes[axis]:
                 raise ValueError(f"axis {axis!r} has sizes {self.sizes[axis]} and {other.sizes[axis]}; rename one")
-        return Plan(self.terms + other.terms, tuple(sorted((self.sizes | other.sizes).items())))
+        if self.kept != other.kept:
+            raise ValueError(f"the terms of a sum must be padded alike; pad the sum: ({self}) + ({other})")
+        return Plan(self.terms + other.terms, tuple(sorted((self.sizes | other.sizes).items())), self.kept)
 
     def __matmul__(self, other: Plan) -> Plan:
         """The product of two matrices, ``other`` applied first, as one chain; axes and factors are renamed as needed.
@@ -211,14 +223,16 @@ class Plan:
         The width between them is read in digits fine enough for both sides.
 
         Raises:
-            ValueError: for sums, for tables, for widths that differ, and where no digits serve both sides.
+            ValueError: for sums, for tables, for padding, for widths that differ, and where no digits serve both sides.
         """
+        if self.kept or other.kept:
+            raise ValueError(f"a product with a padded matrix is no plan; pad the product: ({self}) @ ({other})")
         if any(term.table or term.out_table for term in self.terms + other.terms):
             raise ValueError(f"a product with looked-up blocks is no plan: ({self}) @ ({other})")
         if len(self.terms) > 1 or len(other.terms) > 1:
             raise ValueError(f"a product of sums uses a factor several times and is no plan: ({self}) @ ({other})")
         left = self.apart(other)
-        digits = _digits(left.shape(left.terms[0].x), other.shape(other.terms[0].y))
+        digits = common_digits(left.shape(left.terms[0].x), other.shape(other.terms[0].y))
         taken, names = {*left.sizes, *other.sizes}, []
         for _ in digits:
             names.append(_free("h", taken))
@@ -244,14 +258,11 @@ class Plan:
 
     def _read(self, axes: Axes, digits: Iterable[int], names: Iterable[str]) -> Plan:
         """The same matrix with each of ``axes`` split into the next of ``digits``; an axis of size 1 is left out."""
-        parts, fine = {}, list(zip(digits, names, strict=True))
-        for axis in axes:
-            size, split = 1, []
-            while size < self.sizes[axis]:
-                digit, name = fine.pop(0)
-                size *= digit
-                split.append((name, digit))
-            parts[axis] = split
+        parts: dict[str, list[tuple[str, int]]] = {axis: [] for axis in axes}
+        fine = iter(zip(names, digits, strict=True))
+        for axis, split in parts.items():
+            while prod(digit for _, digit in split) < self.sizes[axis]:
+                split.append(next(fine))
         sizes = {axis: size for axis, size in self.axes if axis not in parts}
         sizes |= {name: digit for split in parts.values() for name, digit in split}
         return self._substitute({axis: tuple(name for name, _ in split) for axis, split in parts.items()}, sizes, {})
@@ -260,19 +271,16 @@ class Plan:
         def put(operand: Axes) -> Axes:
             return tuple(new for axis in operand for new in axes.get(axis, (axis,)))
 
-        def rename(name: str) -> str:
-            return names.get(name, name)
+        def renamed(t: Term) -> Term:
+            names_of = tuple(names.get(name, name) for name in t.names)
+            return replace(t, x=put(t.x), weights=tuple(map(put, t.weights)), y=put(t.y), names=names_of)
 
-        terms = tuple(
-            replace(t, x=put(t.x), weights=tuple(map(put, t.weights)), y=put(t.y), names=tuple(map(rename, t.names)))
-            for t in self.terms
-        )
-        return Plan(terms, tuple(sorted(sizes.items())))
+        return Plan(tuple(map(renamed, self.terms)), tuple(sorted(sizes.items())), self.kept)
 
     @property
     def T(self) -> Plan:
         """The plan of the transposed matrix, with the same factors."""
-        return Plan(tuple(term.T for term in self.terms), self.axes)
+        return Plan(tuple(term.T for term in self.terms), self.axes, self.kept and self.kept[::-1])
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -305,17 +313,24 @@ class Plan:
     def is_dense(self) -> bool:
         """Whether this is an ordinary weight (out, in): one factor of two axes without structure."""
         term = self.terms[0]
-        return len(self.factors) == 1 and len(term.x) == len(term.y) == 1 and term.weights[0] == term.y + term.x
+        plain = len(self.factors) == 1 and len(term.x) == len(term.y) == 1 and term.weights[0] == term.y + term.x
+        return plain and self.kept is None
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns of the matrix of the terms, padding included."""
+        term = self.terms[0]
+        return self.width(term.y, term.out_table), self.width(term.x, term.table)
 
     @property
     def in_features(self) -> int:
         """Columns of the matrix."""
-        return self.width(self.terms[0].x, self.terms[0].table)
+        return (self.kept or self.padded)[1]
 
     @property
     def out_features(self) -> int:
         """Rows of the matrix."""
-        return self.width(self.terms[0].y, self.terms[0].out_table)
+        return (self.kept or self.padded)[0]
 
     def __str__(self) -> str:
         def end(axes: Axes, table: Table | None) -> str:
@@ -328,19 +343,6 @@ class Plan:
 def num_blocks(table: Table) -> int:
     """Blocks that a table looks up."""
     return 1 + max(map(max, table))
-
-
-def _digits(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
-    """Sizes of the digits that refine both ways of reading an index, slowest first."""
-    if prod(one) != prod(other):
-        raise ValueError(f"a matrix of {prod(one)} columns cannot follow one of {prod(other)} rows")
-    bounds = sorted({1, *accumulate(one, mul), *accumulate(other, mul)})
-    if any(high % low for low, high in pairwise(bounds)):
-        raise ValueError(
-            f"the product has no common digits between its factors: one side reads {prod(one)} features as "
-            f"{'x'.join(map(str, other))}, the other as {'x'.join(map(str, one))}"
-        )
-    return [high // low for low, high in pairwise(bounds)]
 
 
 def _free(name: str, taken: set[str]) -> str:

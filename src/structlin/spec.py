@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
+from .padding import with_padding
 from .plan import Plan
 
 STRUCTURES: dict[str, type[Spec]] = {}
@@ -24,11 +25,20 @@ class Spec:
 
     Fields are positive integers, fractions from 0 to 1 (float), bool, str, `typing.Literal` choices, specs, tuples of
     one of these (``tuple[int, ...]``), or unions of them with each other and None. They are checked on construction.
+
+    Every structure has the field ``pad``: where a width does not fit, take the smallest wider matrix that does and keep
+    its first rows and columns. A spec made of others pads as a whole, and does so where one of them asks for it.
     """
 
     name: ClassVar[str]
+    pad: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        inner = {field: _unpadded(getattr(self, field)) for field in self._fields()}
+        for field, value in inner.items():
+            if value != getattr(self, field):
+                object.__setattr__(self, field, value)
+                object.__setattr__(self, "pad", True)
         for field, kind in self._fields().items():
             value = _frozen(kind, getattr(self, field))
             object.__setattr__(self, field, value)
@@ -37,15 +47,25 @@ class Spec:
     @classmethod
     def _fields(cls) -> dict[str, Any]:
         hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        fields = sorted(dataclasses.fields(cls), key=lambda field: field.kw_only is True)
+        return {field.name: hints[field.name] for field in fields}
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         """The matrix of this family with ``out_features`` rows and ``in_features`` columns.
 
+        A structure writes the exact case only; `register` adds the padding.
+
         Raises:
-            ValueError: when the shape does not fit, naming the parameters that do.
+            ValueError: when the shape does not fit, naming the parameters that do and what ``pad=True`` would take.
         """
         raise NotImplementedError
+
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """What the widths of a matrix that pads one of these widths are multiples of.
+
+        Padding looks for widths among these only, which makes it fast. A structure that says nothing tries all.
+        """
+        return 1, 1
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
@@ -75,7 +95,8 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_dict` reads back."""
-        return {"structure": self.name, **{field: _to_json(getattr(self, field)) for field in self._fields()}}
+        values = {field: _to_json(getattr(self, field)) for field in self._fields() if field != "pad" or self.pad}
+        return {"structure": self.name, **values}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Spec:
@@ -89,9 +110,17 @@ class Spec:
 
     def __str__(self) -> str:
         """The spec as `parse` reads it; the first field always shows, others when they are not the default."""
-        values = [(i, f, getattr(self, f.name)) for i, f in enumerate(dataclasses.fields(self))]
-        shown = [(f.name, value) for i, f, value in values if value is not None and (i == 0 or value != f.default)]
-        return ":".join([self.name, *(f"{name}={_text(value)}" for name, value in shown)])
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        first = next(field for field in self._fields())
+        values = {field: getattr(self, field) for field in self._fields()}
+        always = [first] if first != "pad" else []
+        shown = [f for f, v in values.items() if v is not None and (f in always or v != default[f])]
+        return ":".join([self.name, *(f"{field}={_text(values[field])}" for field in shown)])
+
+    def __repr__(self) -> str:
+        """A Python expression that gives the spec back."""
+        values = {field: getattr(self, field) for field in self._fields() if field != "pad" or self.pad}
+        return f"{type(self).__name__}({', '.join(f'{field}={value!r}' for field, value in values.items())})"
 
 
 S = TypeVar("S", bound=Spec)
@@ -111,12 +140,20 @@ def register(name: str) -> Callable[[type[S]], type[S]]:
         if name in STRUCTURES:
             raise ValueError(f"structure {name!r} is taken by {STRUCTURES[name].__qualname__}")
         cls.name = name
-        # __str__ is ours; repr stays that of the dataclass, a Python expression
-        spec = dataclasses.dataclass(frozen=True)(cls)
+        spec = dataclasses.dataclass(frozen=True, repr=False)(cls)
+        if "plan" in vars(spec):
+            spec.plan = with_padding(spec.plan)  # type: ignore[method-assign, assignment]
         STRUCTURES[name] = spec
         return spec
 
     return add
+
+
+def _unpadded(value: Any) -> Any:
+    """A field with the padding of the specs in it turned off."""
+    if isinstance(value, list | tuple):
+        return type(value)(_unpadded(item) for item in value)
+    return dataclasses.replace(value, pad=False) if isinstance(value, Spec) and value.pad else value
 
 
 def find(name: str) -> type[Spec]:
@@ -134,7 +171,7 @@ def parse(text: str) -> Spec:
     """A spec from the command line: the name, then parameters, all joined by colons.
 
     Sums, products and transposes are written with ``+``, ``@`` and ``.T``, in this order of precedence from the
-    weakest, and with parentheses. A number between two ``@`` is the width there.
+    weakest, and with parentheses, after which ``:pad=true`` may stand. A number between two ``@`` is the width there.
 
     >>> parse("dyad:nblocks=8:variant=ot")
     Dyad(nblocks=8, variant='ot')
@@ -156,6 +193,8 @@ def parse(text: str) -> Spec:
     if text.endswith(".T"):
         return parse(text[:-2]).T
     if text.startswith("("):
+        if text.endswith("):pad=true"):
+            return dataclasses.replace(parse(text.removesuffix(":pad=true")), pad=True)
         if not text.endswith(")"):
             raise ValueError(f"{text!r} has a parenthesis that is not closed, or text after it")
         return parse(text[1:-1])

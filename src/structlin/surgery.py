@@ -22,7 +22,10 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Swap:
-    """One layer of a `Conversion`: FLOPs are forward ones per token, parameters without the bias."""
+    """One layer of a `Conversion`: FLOPs are forward ones per token, parameters without the bias.
+
+    ``padded`` is the (out_features, in_features) of the matrix where it is padded. Padding is in all costs.
+    """
 
     name: str
     in_features: int
@@ -32,6 +35,7 @@ class Swap:
     dense_params: int
     flops: int
     dense_flops: int
+    padded: tuple[int, int] | None = None
 
 
 class Conversion(list[Swap]):
@@ -39,10 +43,15 @@ class Conversion(list[Swap]):
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "shape", "spec", "params", "of dense", "FLOPs/token", "of dense")]
-        rows += [_row(s.name, f"{s.out_features}x{s.in_features}", str(s.spec), [s]) for s in self]
+        rows += [_row(s.name, _shape(s), str(s.spec), [s]) for s in self]
         rows += [_row("total", "", "", self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _shape(swap: Swap) -> str:
+    padded = f" padded to {swap.padded[0]}x{swap.padded[1]}" if swap.padded else ""
+    return f"{swap.out_features}x{swap.in_features}{padded}"
 
 
 def _row(name: str, shape: str, spec: str, swaps: list[Swap]) -> tuple[str, ...]:
@@ -214,7 +223,7 @@ def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
     size = dense.in_features * dense.out_features
     return Swap(
         name, dense.in_features, dense.out_features, spec,
-        analysis.num_params(plan), size, analysis.flops(plan), 2 * size,
+        analysis.num_params(plan), size, analysis.flops(plan), 2 * size, plan.padded if plan.kept else None,
     )  # fmt: skip
 
 

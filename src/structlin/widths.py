@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate, pairwise
 from math import gcd, prod
+from operator import mul
 
 
 def divide(what: str, parts: int, **sizes: int) -> tuple[int, ...]:
@@ -75,6 +77,26 @@ def digits(what: str, size: int, dims: tuple[int, ...] | None, default: tuple[in
         wanted = f"must be {len(default)} numbers whose product is {size}"
         raise ValueError(f"{what}={_joined(dims)} {wanted}; one choice is {_joined(default)}")
     return dims
+
+
+def common_digits(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    """Sizes of the digits that refine both ways of reading an index, slowest first.
+
+    >>> common_digits((4, 6), (2, 12))
+    [2, 2, 6]
+
+    Raises:
+        ValueError: for different widths, and where no digits refine both.
+    """
+    if prod(one) != prod(other):
+        raise ValueError(f"a matrix of {prod(one)} columns cannot follow one of {prod(other)} rows")
+    bounds = sorted({1, *accumulate(one, mul), *accumulate(other, mul)})
+    if any(high % low for low, high in pairwise(bounds)):
+        raise ValueError(
+            f"the product has no common digits between its factors: one side reads {prod(one)} features as "
+            f"{'x'.join(map(str, other))}, the other as {'x'.join(map(str, one))}"
+        )
+    return [high // low for low, high in pairwise(bounds)]
 
 
 def share(rank: int | float, size: int) -> int:

@@ -7,11 +7,11 @@ import structlin as sl
 from structlin.ops import BACKENDS
 from structlin.ops.equation import parse
 from structlin.ops.gemm import plan_gemm
-from structlin.testing import assert_as_accurate, examples, inputs, make, plain
+from structlin.testing import assert_as_accurate, examples, inputs, make, padded_examples, plain
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)
+@pytest.mark.parametrize(("spec", "shape"), examples() + padded_examples(), ids=str)
 def test_backends_agree(spec, shape, backend, device):
     for dtype in (torch.float32, torch.float64):
         layer, exact = make(spec, shape, device, dtype), make(spec, shape, device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import structlin as sl
-from structlin.testing import examples
+from structlin.testing import examples, padded_examples
 
 FLOAT = torch.float64
 
@@ -112,12 +112,10 @@ def pixelfly(spec, sparse, down=None, up=None):
 
     The support is that of the published code: one factor of stride j is blocks of 2j with three diagonals.
     """
+    if sparse.shape[1] == sparse.shape[3] == spec.block_size:
+        return stretched_pixelfly(spec, sparse, 32)  # the example
     size, (rows, columns) = spec.butterfly_size, (sparse.shape[1], sparse.shape[3])
-    weight = torch.zeros(size * rows, size * columns, dtype=FLOAT)
-    cells = torch.zeros(size, size, dtype=torch.bool)
-    for stride in (2**level for level in range(spec.nfactors)):
-        eye = torch.eye(stride, dtype=torch.bool)
-        cells |= torch.block_diag(*[torch.cat([torch.cat([eye, eye], 1)] * 2).int()] * (size // (2 * stride))).bool()
+    weight, cells = torch.zeros(size * rows, size * columns, dtype=FLOAT), butterfly(size, spec.nfactors)
     for row in range(size):
         found = cells[row].nonzero().flatten().tolist()
         assert len(found) == spec.nfactors + 1
@@ -125,6 +123,31 @@ def pixelfly(spec, sparse, down=None, up=None):
             slot = abs(row - column).bit_length()  # the diagonal first, then the strides
             weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns] = sparse[row, :, slot]
     return weight if down is None else weight + up @ down
+
+
+def butterfly(size, nfactors):
+    cells = torch.zeros(size, size, dtype=torch.bool)
+    for stride in (2**level for level in range(nfactors)):
+        eye = torch.eye(stride, dtype=torch.bool)
+        cells |= torch.block_diag(*[torch.cat([torch.cat([eye, eye], 1)] * 2).int()] * (size // (2 * stride))).bool()
+    return cells
+
+
+def stretched_blocks(spec, out_features, in_features):
+    """`FlatBlockButterflySparsityConfig`: cells repeated to the shape of the matrix, a block kept if any entry is."""
+    rows, columns = out_features // spec.butterfly_size, in_features // spec.butterfly_size
+    entries = torch.kron(butterfly(spec.butterfly_size, spec.nfactors).int(), torch.ones(rows, columns).int())
+    blocks = entries.unflatten(1, (-1, spec.block_size)).unflatten(0, (-1, spec.block_size))
+    return blocks.amax((1, 3)).bool()
+
+
+def stretched_pixelfly(spec, sparse, in_features):
+    """`BlockSparseLinear`: the kept blocks, row by row."""
+    n = spec.block_size
+    blocks = stretched_blocks(spec, sparse.shape[0] * n, in_features)
+    weight = torch.zeros(*blocks.shape, n, n, dtype=FLOAT)
+    weight[blocks] = sparse.transpose(1, 2).flatten(0, 1)
+    return weight.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def blast(spec, right, middle, left):
@@ -236,12 +259,13 @@ def test_no_structure_is_without_one():
     assert DENSE_FORMS.keys() == sl.STRUCTURES.keys()
 
 
-@pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)
+@pytest.mark.parametrize(("spec", "shape"), examples() + padded_examples(), ids=str)
 def test_is_the_papers_matrix(spec, shape):
+    """Where widths are padded the layer is the first rows and columns of the matrix."""
     torch.manual_seed(0)
     layer = sl.StructuredLinear(shape[1], shape[0], spec, bias=False, dtype=FLOAT)
     expected = DENSE_FORMS[spec.name](spec, *(getattr(layer, name).detach() for name in layer.plan.factors))
-    torch.testing.assert_close(layer.to_dense().weight.detach(), expected)
+    torch.testing.assert_close(layer.to_dense().weight.detach(), expected[: shape[0], : shape[1]])
 
 
 @pytest.mark.parametrize(
@@ -266,6 +290,30 @@ def test_params_are_the_papers_share_of_dense(spec, out_features, in_features, p
     plan = spec.plan(out_features, in_features)
     assert sl.analysis.num_params(plan) == params * out_features * in_features
     assert sl.analysis.compute(plan) == params
+
+
+@pytest.mark.parametrize("nfactors", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(128, 128), (64, 16), (16, 64), (128, 32), (48, 64), (96, 96), (256, 32)], ids=str)
+def test_pixelfly_has_the_blocks_of_the_published_code_where_rows_have_equally_many(shape, nfactors):
+    spec = sl.Pixelfly(block_size=8, butterfly_size=16, nfactors=nfactors)
+    blocks = stretched_blocks(spec, *shape)
+    if len({*blocks.sum(0).tolist()}) > 1 or len({*blocks.sum(1).tolist()}) > 1:
+        with pytest.raises(ValueError, match="block_size=8 does not divide"):
+            spec.plan(*shape)
+        return
+    layer = sl.StructuredLinear(shape[1], shape[0], spec, bias=False, dtype=FLOAT)
+    weight = layer.to_dense().weight.detach()
+    assert torch.equal((weight != 0).unflatten(1, (-1, 8)).unflatten(0, (-1, 8)).all(3).all(1), blocks)
+    assert sl.analysis.density(layer.plan) == blocks.double().mean() == (weight != 0).double().mean()
+    assert sl.analysis.num_params(layer.plan) == blocks.sum() * 64
+    if min(shape) < 128:  # else there is a factor for each cell, not for each block
+        torch.testing.assert_close(weight, stretched_pixelfly(spec, layer.sparse.detach(), shape[1]))
+
+
+def test_pixelfly_of_less_than_a_block_is_refused():
+    for shape in ((16, 32), (32, 16), (48, 32)):
+        with pytest.raises(ValueError, match="block_size=32 does not divide"):
+            sl.Pixelfly(block_size=32, butterfly_size=16).plan(*shape)
 
 
 @pytest.mark.parametrize(

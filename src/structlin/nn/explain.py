@@ -9,6 +9,7 @@ import torch
 from ..ops.blocks import Blocks
 from ..ops.moves import Gather, Move, Relayout, has_triton, tensor_memory
 from ..ops.schedule import Multiply, schedule
+from ..plan import Plan
 from .linear import StructuredLinear
 
 
@@ -44,6 +45,21 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
         return Explanation([dense])
     if layer.backend == "dense":
         return Explanation([Ran(dense.what, "linear", forced + "; the weight is kept in inference")])
+    (before, after), why = padding_copies(layer.plan), "the width does not fit the structure"
+    copies = [[Ran(what, "copy", why) for what in ends] for ends in (before, after)]
+    return Explanation([*copies[0], *_multiplied(layer, tokens), *copies[1]])
+
+
+def padding_copies(plan: Plan) -> tuple[list[str], list[str]]:
+    """The copies before and after what runs that a padded plan needs, in words; none where an end is not padded."""
+    (rows, columns), (out_features, in_features) = plan.padded, (plan.out_features, plan.in_features)
+    before = [f"pad the input from {in_features} to {columns}"] if columns > in_features else []
+    after = [f"cut the output from {rows} to {out_features}"] if rows > out_features else []
+    return before, after
+
+
+def _multiplied(layer: StructuredLinear, tokens: int) -> Explanation:
+    forced = f"backend={layer.backend!r} was asked for"
     if layer.backend in ("reference", "copy"):
         runs = {"reference": "einsum", "copy": "copies and bmm"}[layer.backend]
         equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import analysis
 from ..ops import BACKENDS, compose, multiply
 from ..ops.lowering import Program, literal, lower
+from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
@@ -72,6 +73,7 @@ class StructuredLinear(nn.Module):
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.init, self.zero_last, self.recompute = initialisation.check(init), zero_last, recompute
         self.plan = spec.plan(out_features, in_features)
+        self._padding = self.plan.padded[0] - out_features, self.plan.padded[1] - in_features
         for name, shape in self.plan.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.register_parameter(
@@ -120,14 +122,19 @@ class StructuredLinear(nn.Module):
         y = self._multiply(x.reshape(-1, self.in_features))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        # contiguous, as that of nn.Linear is, where padding was cut off
+        return y.contiguous().reshape(*x.shape[:-1], self.out_features)
 
     def _multiply(self, tokens: Tensor) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
         factors = [getattr(self, name) for name in self.plan.factors]
+        if self._padding[1]:
+            tokens = F.pad(tokens, (0, self._padding[1]))
         if self._step_backend == "bmm":
-            return multiply(tokens, factors, self._program, not self.recompute)
-        return compose(tokens, factors, self._program, self._step_backend)
+            y = multiply(tokens, factors, self._program, not self.recompute)
+        else:
+            y = compose(tokens, factors, self._program, self._step_backend)
+        return y[:, : self.out_features] if self._padding[0] else y
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; forgets the weight that the dense backend keeps."""
@@ -186,7 +193,8 @@ class StructuredLinear(nn.Module):
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)
         drawn = f", init={self.init!r}" * (self.init != "spectral") + ", zero_last=True" * self.zero_last
         drawn += ", recompute=True" * self.recompute
+        padding = f", padded {padded}" if (padded := described(self.plan)) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec!r}, "
-            f"bias={self.bias is not None}{drawn}, params={params:,}, compute={compute:.1%}"
+            f"bias={self.bias is not None}{drawn}, params={params:,}, compute={compute:.1%}{padding}"
         )

@@ -10,8 +10,10 @@ has no closed form is fitted by alternating least squares (`least_squares`).
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import Axes, Plan, Term
@@ -28,6 +30,7 @@ def project(plan: Plan, weight: Tensor, inputs: Tensor | None = None) -> dict[st
     Optimal for plans of one term with one or two factors and for sums of one-factor terms without shared weights;
     within a factor of sqrt(factors - 1) of optimal for chains in which neighbours share axes (tensor trains and their
     block forms); otherwise a local optimum. A member of the first three kinds comes back to rounding error.
+    Of a padded matrix only the part that the layer keeps is fitted; what stands in the padding is free.
 
     Args:
         plan: the structure, at the shape of ``weight``.
@@ -50,18 +53,54 @@ def project(plan: Plan, weight: Tensor, inputs: Tensor | None = None) -> dict[st
         each = [project(plan, w, inputs) for w in weight.flatten(0, -3)]
         return {n: torch.stack([f[n] for f in each]).unflatten(0, weight.shape[:-2]) for n in plan.factors}
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if len(plan.terms) == 1:
-        factors = _fit_term(plan, plan.terms[0], wide, {}, None, SWEEPS)
-    elif all(len(term.weights) == 1 and not term.steps[0].free for term in plan.terms):
-        factors = _project_supports(plan, wide)
-    else:
-        factors = _fit_sum(plan, wide, {}, None)
+    factors = _with_free_padding(plan, wide, {}, None)
     if inputs is not None:
         if any(term.out_table is not None for term in plan.terms):
             raise ValueError(f"{plan} cannot be fitted to inputs, as it adds up blocks; project without inputs")
         # from the nearest matrix on, so that the result is never worse than that
-        factors = _fit_sum(plan, wide, factors, _covariance(plan, inputs, wide))
+        factors = _with_free_padding(plan, wide, factors, _covariance(plan, inputs, wide))
     return {name: factors[name].to(weight.dtype).contiguous() for name in plan.factors}
+
+
+def _with_free_padding(
+    plan: Plan, weight: Tensor, factors: dict[str, Tensor], covariance: Tensor | None
+) -> dict[str, Tensor]:
+    """The best factors, from ``factors`` on, for a weight whose padding may be anything.
+
+    The padding starts at zero and is then what the last fit has there, so that each fit comes nearer to the weight.
+    Where padding is whole rows and columns of the matrices of a closed form, zero is what the first fit has and is
+    optimal.
+    """
+    if plan.kept is None:
+        return _nearest(plan, weight, factors, covariance)
+    rows, columns = plan.kept
+    plan = replace(plan, kept=None)
+    target = F.pad(weight, (0, plan.in_features - columns, 0, plan.out_features - rows))
+    whole, last, best = least_squares.size(target, covariance), float("inf"), factors
+    for _ in range(SWEEPS):
+        factors = _nearest(plan, target, factors, covariance)
+        found = torch.stack([matrix(plan, term, factors) for term in plan.terms]).sum(0)
+        residual = torch.zeros_like(found)
+        residual[:rows, :columns] = weight - found[:rows, :columns]
+        error = least_squares.size(residual, covariance)
+        best = factors if error < last else best
+        outside = least_squares.size(found, None) - least_squares.size(found[:rows, :columns], None)
+        if not least_squares.falls(error, last, whole) or outside <= 1e-12 * whole:
+            break
+        last, target = error, found + residual
+    return best
+
+
+def _nearest(
+    plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None
+) -> dict[str, Tensor]:  # fmt: skip
+    if covariance is not None:
+        return _fit_sum(plan, weight, start, covariance)
+    if len(plan.terms) == 1:
+        return _fit_term(plan, plan.terms[0], weight, start, None, SWEEPS if not start else 2)
+    if all(len(term.weights) == 1 and not term.steps[0].free for term in plan.terms):
+        return _project_supports(plan, weight)
+    return _fit_sum(plan, weight, start, None)
 
 
 def check(plan: Plan, weight: Tensor) -> None:
@@ -90,10 +129,11 @@ def _covariance(plan: Plan, inputs: Tensor, weight: Tensor) -> Tensor:
             "give the inputs that the layer sees"
         )
     x = inputs.reshape(-1, plan.in_features).to(weight.device, torch.promote_types(weight.dtype, torch.float64))
+    x = F.pad(x, (0, plan.padded[1] - plan.in_features))  # what no input has is left to the plain distance
     covariance = x.T @ x.conj() / max(1, len(x))
     # directions that no input has are left to the plain distance, at a millionth of the weight
     scale = covariance.diagonal().real.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return covariance + 1e-6 * scale * torch.eye(plan.in_features, dtype=x.dtype, device=x.device)
+    return covariance + 1e-6 * scale * torch.eye(plan.padded[1], dtype=x.dtype, device=x.device)
 
 
 def _project_supports(plan: Plan, weight: Tensor) -> dict[str, Tensor]:

@@ -203,7 +203,13 @@ def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True)
     given = [tuple(tensor.shape) for tensor in (x, *factors)]
     if given != wanted:
         raise ValueError(f"{text!r} takes an input and factors of shapes {wanted}, not {given}")
-    return _forward(x, factors, what, keep)
+    found, memory = [], {x.untyped_storage().data_ptr()}
+    for tensor in _forward(x, factors, what, keep):
+        # a relayout that only moves axes of size 1 is a view, which an operator may not return
+        pointer = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone() if pointer in memory else tensor)
+        memory.add(pointer)
+    return found
 
 
 def _compute_backward(

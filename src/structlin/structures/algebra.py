@@ -7,7 +7,9 @@ to a sparse one; a product of two Monarch matrices is the class that holds convo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
+from math import lcm
 from operator import matmul
 from typing import Self
 
@@ -22,7 +24,10 @@ from .monarch import Monarch
 
 @register("sum")
 class Sum(Spec):
-    """``A + B + ...``: each term with factors of its own, named as in the term, with a number where names clash."""
+    """``A + B + ...``: each term with factors of its own, named as in the term, with a number where names clash.
+
+    With ``pad`` all terms are padded to the same widths.
+    """
 
     terms: tuple[Spec, ...]
 
@@ -35,8 +40,12 @@ class Sum(Spec):
         plans = [term.plan(out_features, in_features) for term in self.terms]
         return reduce(lambda total, plan: total + plan.apart(total), plans)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        outs, ins = zip(*(term.multiples(out_features, in_features) for term in self.terms), strict=True)
+        return lcm(*outs), lcm(*ins)
+
     def __str__(self) -> str:
-        return "+".join(map(str, self.terms))
+        return _with_padding("+".join(map(str, self.terms)), self.pad)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
@@ -48,7 +57,8 @@ class Product(Spec):
     """``A @ B @ ...``, the last applied first; ``width`` is the width between them, min(out, in) unless given.
 
     Factors are named as in the structures, with a number where names clash; where two structures read the width
-    between them in different digits, an axis of a factor is split in two.
+    between them in different digits, an axis of a factor is split in two. With ``pad`` the outer widths are padded; the
+    width between is as given, or the smaller of the padded ones.
     """
 
     factors: tuple[Spec, ...]
@@ -68,9 +78,14 @@ class Product(Spec):
         rows, columns = (out_features, *inner), (*inner, in_features)
         return reduce(matmul, (f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)))
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        inner = self.width or 1
+        first, last = self.factors[0], self.factors[-1]
+        return first.multiples(out_features, inner)[0], last.multiples(inner, in_features)[1]
+
     def __str__(self) -> str:
         shown = (f"({f})" if isinstance(f, Sum | Product) else str(f) for f in self.factors)
-        return (f"@{self.width}@" if self.width else "@").join(shown)
+        return _with_padding((f"@{self.width}@" if self.width else "@").join(shown), self.pad)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
@@ -90,12 +105,19 @@ class Transpose(Spec):
     @property
     def T(self) -> Spec:
         """The structure itself."""
-        return self.of
+        return replace(self.of, pad=self.pad)
+
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.of.multiples(in_features, out_features)[::-1]
 
     def __str__(self) -> str:
-        return f"({self.of}).T" if isinstance(self.of, Sum | Product) else f"{self.of}.T"
+        return _with_padding(f"({self.of}).T" if isinstance(self.of, Sum | Product) else f"{self.of}.T", self.pad)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(Monarch(nblocks=2)), (16, 24)
         yield cls(Dyad(nblocks=4) + LowRank(2)), (24, 16)
+
+
+def _with_padding(text: str, pad: bool) -> str:
+    return f"({text}):pad=true" if pad else text

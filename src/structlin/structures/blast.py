@@ -34,6 +34,9 @@ class Blast(Spec):
             i=self.nblocks, j=self.nblocks, p=p, q=q, r=rank,
         )  # fmt: skip
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.nblocks, self.nblocks
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(nblocks=2, rank=5), (16, 16)

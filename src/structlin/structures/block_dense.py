@@ -34,6 +34,9 @@ class BlockDense(Spec):
             "g i, g r i, o g r -> o", names=["blocks", "up"], g=self.nblocks, i=i, r=r, o=out_features
         )  # fmt: skip
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return 1, self.nblocks
+
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
         """Orthonormal blocks (`blockdense.py`, "ortho"); ``up`` counts as one."""
         return dict.fromkeys(plan.factors, ("orthogonal", 1.0))

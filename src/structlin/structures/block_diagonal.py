@@ -37,6 +37,9 @@ class BlockDiagonal(Spec):
             )
         return Plan.einsum("c g i, g o i c -> g o", names=["blocks"], c=n, g=n, i=i // n, o=o)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.nblocks, self.nblocks ** (1 + self.shuffle)
+
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
         """Uniform up to 1 / sqrt(fan-in), the bias up to 1 / sqrt(out_features) (`blockdiag_linear.py`)."""
         return {"blocks": ("uniform", fan(plan, "blocks")[0] ** -0.5), "bias": ("uniform", plan.out_features**-0.5)}

@@ -25,6 +25,9 @@ class BlockShuffle(Spec):
         sizes = Monarch(nblocks=self.nblocks).plan(out_features, in_features).sizes
         return Plan.einsum("i1 i0, i1 r1 o0 i0, o0 o1 i1 r1 -> o1 o0", names=["first", "second"], **sizes)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return Monarch(nblocks=self.nblocks).multiples(out_features, in_features)
+
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
         """Orthonormal blocks (`blockshuffle.py`, "ortho")."""
         return dict.fromkeys(plan.factors, ("orthogonal", 1.0))

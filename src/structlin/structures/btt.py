@@ -96,6 +96,9 @@ class BTT(Spec):
         outs = digits("out_dims", out_features, self.out_dims, split(out_features, n))
         return block_chain(ins, outs, self.rank)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return prod(self.out_dims or (1,)), prod(self.in_dims or (1,))
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(rank=1), (16, 16)

@@ -53,6 +53,11 @@ class Chain(Spec):
                     raise ValueError(f"{end}_features={width} is not {' x '.join(axes.split())} with sizes {sizes}")
         return Plan.einsum(self.equation.replace(";", ","), names=None, **sizes)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        sizes, (left, _, right) = self._sizes(), self.equation.partition("->")
+        out, into = (prod(sizes.get(axis, 1) for axis in axes.split()) for axes in (right, left.split(";")[0]))
+        return out, into
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls("g b a, d a, g e b -> e g d", "b=2 e=2 g=4"), (24, 16)

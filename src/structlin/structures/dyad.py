@@ -30,6 +30,9 @@ class Dyad(Spec):
         upper = Plan.einsum(f"{x}, g n k -> {y}", names=["upper"], g=self.nblocks, n=n, k=k)
         return lower + upper
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.nblocks, self.nblocks
+
     def reference_init(self, plan: Plan) -> dict[str, tuple[str, float]]:
         """Uniform up to 1 / sqrt(in_features), the bias too (`dyad.py`), although an output has fewer inputs."""
         return dict.fromkeys((*plan.factors, "bias"), ("uniform", plan.in_features**-0.5))

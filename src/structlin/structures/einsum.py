@@ -3,15 +3,15 @@
 A point is seven exponents theta: how the width of the input divides among three digits (alpha, beta, gamma), that of
 the output among three others (delta, epsilon, phi), and how the rank rho grows. The published code rounds each digit
 alone and then drops inputs or writes constant zeros where the product misses the width; here the digits always
-multiply to the width exactly.
+multiply to the width exactly, or with ``pad=True`` to the next wider one that has such digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
-from math import log, prod
+from itertools import islice, product
+from math import isqrt, log, prod
 from typing import Self
 
 from ..plan import Plan
@@ -72,10 +72,13 @@ class Einsum(Spec):
         equation = f"{', '.join([operands[0], *(axes for _, axes in kept)])} -> {operands[3]}"
         return Plan.einsum(equation, names=[name for name, _ in kept], **{a: n for a, n in size.items() if a in used})
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return (prod(self.dims[3:6]), prod(self.dims[:3])) if self.dims else (1, 1)
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
-        yield cls(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25)), (16, 16)
         yield cls(dims=(2, 4, 2, 3, 2, 4, 2)), (24, 16)
+        yield cls(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25)), (16, 16)
 
 
 @cache
@@ -89,18 +92,20 @@ def nearest(width: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
     """
     found = _nearest(width, exponents)
     if found is None:
-        near = sorted(range(max(1, width // 2), 2 * width), key=lambda other: abs(other - width))
-        fitting = [str(other) for _, other in zip(range(2), (n for n in near if _nearest(n, exponents)), strict=False)]
+        near = (other for step in range(1, width) for other in (width - step, width + step))
+        fitting = [str(other) for other in islice((n for n in near if _nearest(n, exponents)), 2)]
         raise ValueError(
             f"a width of {width} has no factors near its powers {exponents}; widths that do: {', '.join(fitting)}"
         )
     return found
 
 
+@cache
 def _nearest(width: int, exponents: tuple[float, ...]) -> tuple[int, ...] | None:
     scale = sum(exponents)
     wanted = [exponent / scale * log(width) for exponent in exponents]
-    divisors = [d for d in range(width, 0, -1) if width % d == 0]
+    small = [d for d in range(1, isqrt(width) + 1) if width % d == 0]
+    divisors = sorted({*small, *(width // d for d in small)}, reverse=True)
     choices = [
         [d for d in divisors if (d == 1 if exponent == 0 else abs(log(d) - goal) <= log(STRETCH) + 1e-9)]
         for exponent, goal in zip(exponents, wanted, strict=True)

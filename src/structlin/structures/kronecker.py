@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Self
 
 from ..plan import Plan
@@ -26,6 +27,9 @@ class Kronecker(Spec):
         b, a = digits("in_dims", in_features, self.in_dims, balanced(in_features))
         e, d = digits("out_dims", out_features, self.out_dims, balanced(out_features))
         return Plan.einsum("b a, d a, e b -> e d", names=["right", "left"], a=a, b=b, d=d, e=e)
+
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return prod(self.out_dims or (1,)), prod(self.in_dims or (1,))
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:

@@ -50,6 +50,10 @@ class Monarch(Spec):
         ins, outs = (*[n] * (p - 1), in_features // outer), (*[n] * (p - 1), out_features // outer)
         return block_chain(ins, outs, self.rank or small // n**p, self.order)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        outer = self.nblocks ** (self.factors - 1)
+        return outer, outer
+
     def _fits(self, nblocks: int, out_features: int, in_features: int) -> bool:
         outer = nblocks ** (self.factors - 1)
         whole_rank = self.rank or min(out_features, in_features) % (outer * nblocks) == 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Self
 
-from ..plan import Plan, Term
+from ..plan import Plan, Table, Term
 from ..spec import Spec, register
 from ..widths import divide, power_of_two
 from .low_rank import LowRank
@@ -18,12 +19,17 @@ class Pixelfly(Spec):
     The matrix is a grid of ``butterfly_size`` x ``butterfly_size`` cells, each (out_features / butterfly_size,
     in_features / butterfly_size); row i of the grid holds the cells i, i xor 1, i xor 2, ..., i xor 2**(nfactors - 1).
     Factor ``sparse`` is (butterfly_size, rows of a cell, nfactors + 1, columns of a cell), its density exactly
-    (nfactors + 1) / butterfly_size. A cell must be made of whole blocks of ``block_size``: the published code covers
-    other cells with more blocks than this density says. With ``rank``, a number or a fraction of
-    min(out_features, in_features), factors ``down`` and ``up`` are added as in `LowRank`.
+    (nfactors + 1) / butterfly_size.
 
-    The learnable mix ``gamma sparse + (1 - gamma) up down`` of the paper is left out: it changes the scale of the two
-    terms, which their factors already hold, and no matrix that can be reached.
+    The matrix is made of whole blocks of ``block_size``. Cells that are not are stretched to the blocks that they
+    touch, as in the published code, and ``sparse`` is (out_features / block_size, block_size, blocks in a row,
+    block_size) then, the blocks of a row in ascending order; the density is that of these blocks. All rows must have
+    equally many, and all columns: so it is where a block is made of whole cells, and rarely elsewhere.
+    With ``rank``, a number or a fraction of min(out_features, in_features), factors ``down`` and ``up`` are added as in
+    `LowRank`.
+
+    The learnable mix ``gamma sparse + (1 - gamma) up down`` of the paper is left out: both parts are again block-sparse
+    and of low rank, so it reaches no other matrix, and as one scalar in two terms it is no factor of a chain.
     """
 
     block_size: int = 32
@@ -37,16 +43,41 @@ class Pixelfly(Spec):
         if self.nfactors > most:
             raise ValueError(f"nfactors={self.nfactors} exceeds log2(butterfly_size); nfactors may be 1 to {most}")
         n, k = out_features // size, in_features // size
-        divide("block_size", self.block_size, **{"out_features/butterfly_size": n, "in_features/butterfly_size": k})
         table = tuple((i, *(i ^ 1 << level for level in range(self.nfactors))) for i in range(size))
+        if n % self.block_size or k % self.block_size:
+            n, k, table = self._stretched(table, n, k)
         term = Term(("i", "s", "k"), (("i", "n", "s", "k"),), ("i", "n"), ("sparse",), table)
-        sparse = Plan((term,), (("i", size), ("k", k), ("n", n), ("s", self.nfactors + 1)))
+        sparse = Plan((term,), (("i", len(table)), ("k", k), ("n", n), ("s", len(table[0]))))
         if self.rank is None:
             return sparse
         return sparse + LowRank(self.rank).plan(out_features, in_features).apart(sparse)
+
+    def _stretched(self, cells: Table, rows: int, columns: int) -> tuple[int, int, Table]:
+        """Rows and columns of a block, and the blocks of each row that hold a part of one of ``cells``."""
+        size, found = self.block_size, defaultdict[int, set[int]](set)
+        for row, held in enumerate(cells):
+            for block in range(row * rows // size, ((row + 1) * rows - 1) // size + 1):
+                for cell in held:
+                    found[block].update(range(cell * columns // size, ((cell + 1) * columns - 1) // size + 1))
+        table = tuple(tuple(sorted(found[block])) for block in range(len(found)))
+        uses = Counter(block for row in table for block in row)
+        whole = len(cells) * rows % size == len(cells) * columns % size == 0
+        if not whole or len({*map(len, table)}) > 1 or len({*uses.values()}) > 1:
+            divide("block_size", size, **{"out_features/butterfly_size": rows, "in_features/butterfly_size": columns})
+        return size, size, table
+
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        size, block = self.butterfly_size, self.block_size
+        # where cells are whole blocks, or blocks whole cells
+        shares = [size * (block >> n) for n in range(size.bit_length()) if block % (1 << n) == 0]
+        narrow, wide = (
+            min((m for m in shares if m >= width), default=size * block) for width in (out_features, in_features)
+        )
+        return narrow, wide
 
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(block_size=2, butterfly_size=4, nfactors=1), (16, 24)
         yield cls(block_size=1, butterfly_size=8, nfactors=3), (24, 16)
         yield cls(block_size=2, butterfly_size=8, nfactors=2, rank=3), (32, 16)
+        yield cls(block_size=4, butterfly_size=8, nfactors=2), (16, 32)

@@ -43,6 +43,9 @@ class TensorTrain(Spec):
         sizes |= {f"r{k}": size for k, size in enumerate(ranks, 1)}
         return Plan.einsum(f"{', '.join([x, *factors])} -> {y}", names=ORDINALS[:n], **sizes)
 
+    def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return prod(self.out_dims or (1,)), prod(self.in_dims or (1,))
+
     @classmethod
     def examples(cls) -> Iterator[tuple[Self, tuple[int, int]]]:
         yield cls(cores=2, rank=3), (24, 16)
