@@ -6,7 +6,7 @@ to a sparse one; a product of two Monarch matrices is the class that holds convo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import matmul
 from typing import Self
@@ -18,6 +18,15 @@ from .dyad import Dyad
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .monarch import Monarch
+
+Draws = dict[str, tuple[str, float]]
+
+
+def _passed_on(plan: Plan, parts: Sequence[tuple[Spec, Plan]]) -> tuple[Draws, list[Draws]]:
+    """What the parts of ``plan``, in the order of its factors, draw: under its names, and part by part."""
+    names, each = iter(plan.factors), [spec.reference_init(part) for spec, part in parts]
+    renamed = [dict(zip(part.factors, names, strict=False)) for _, part in parts]
+    return {new[n]: draw for new, own in zip(renamed, each, strict=True) for n, draw in own.items() if n in new}, each
 
 
 @register("sum")
@@ -34,6 +43,12 @@ class Sum(Spec):
     def plan(self, out_features: int, in_features: int) -> Plan:
         plans = [term.plan(out_features, in_features) for term in self.terms]
         return reduce(lambda total, plan: total + plan.apart(total), plans)
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """Every term as it is drawn alone; the bias as the first term that draws one."""
+        parts = [(term, term.plan(plan.out_features, plan.in_features)) for term in self.terms]
+        factors, each = _passed_on(plan, parts)
+        return factors | next(({"bias": own["bias"]} for own in each if "bias" in own), {})
 
     def __str__(self) -> str:
         return "+".join(map(str, self.terms))
@@ -64,9 +79,18 @@ class Product(Spec):
         object.__setattr__(self, "factors", tuple(flat))
 
     def plan(self, out_features: int, in_features: int) -> Plan:
+        return reduce(matmul, self._plans(out_features, in_features))
+
+    def _plans(self, out_features: int, in_features: int) -> list[Plan]:
         inner = [self.width or min(out_features, in_features)] * (len(self.factors) - 1)
         rows, columns = (out_features, *inner), (*inner, in_features)
-        return reduce(matmul, (f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)))
+        return [f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)]
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """Every structure as it is drawn alone; the bias as by the one that is applied last."""
+        plans = self._plans(plan.out_features, plan.in_features)
+        factors, each = _passed_on(plan, list(zip(self.factors, plans, strict=True))[::-1])
+        return factors | ({"bias": each[-1]["bias"]} if "bias" in each[-1] else {})
 
     def __str__(self) -> str:
         shown = (f"({f})" if isinstance(f, Sum | Product) else str(f) for f in self.factors)
@@ -86,6 +110,10 @@ class Transpose(Spec):
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         return self.of.plan(in_features, out_features).T
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """The matrix that is transposed as it is drawn; the bias at zero, as it adds to the other side."""
+        return {name: draw for name, draw in self.of.reference_init(plan.T).items() if name != "bias"}
 
     @property
     def T(self) -> Spec:
