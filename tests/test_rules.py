@@ -27,7 +27,7 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 LAYERS = (
-    ("plan", "version", "widths"),
+    ("plan", "progress", "version", "widths"),
     ("analysis", "spec", "report.records"),
     ("structures", "kernels"),
     ("ops",),

@@ -17,6 +17,7 @@ from .nn import StructuredLinear
 from .nn.init import check as check_init
 from .nn.projection import check, project
 from .plan import Plan
+from .progress import shown
 from .spec import Spec
 
 
@@ -62,6 +63,7 @@ def to_structured_(
     weights: Literal["init", "project"] = "init",
     dry_run: bool = False,
     init: str = "spectral",
+    progress: bool = False,
 ) -> Conversion:
     """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
 
@@ -77,6 +79,7 @@ def to_structured_(
             keeps the bias.
         dry_run: check and report only.
         init: how factors are drawn, as in `StructuredLinear`.
+        progress: whether a line on stderr, where that is a terminal, says what is done and the time left.
 
     Returns:
         The swapped layers, with their costs beside dense ones.
@@ -109,7 +112,8 @@ def to_structured_(
         raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
     if not dry_run:
         # all are built before one is put in place: running out of memory, too, leaves the model as it was
-        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in conversion}
+        swaps = shown((s.name, _effort(s), s) for s in conversion) if progress else conversion
+        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in swaps}
         for name, layer in layers.items():
             for alias in names[name]:
                 model.set_submodule(alias, layer)
@@ -216,6 +220,11 @@ def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
         name, dense.in_features, dense.out_features, spec,
         analysis.num_params(plan), size, analysis.flops(plan), 2 * size,
     )  # fmt: skip
+
+
+def _effort(swap: Swap) -> int:
+    """What the time to fit a matrix grows with: the cost of its SVD."""
+    return swap.dense_params * min(swap.in_features, swap.out_features)
 
 
 def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear:
