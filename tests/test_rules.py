@@ -27,12 +27,12 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 LAYERS = (
-    ("plan", "progress", "version", "widths"),
+    ("plan", "progress", "regroup", "version", "widths"),
     ("analysis", "spec", "report.records"),
     ("structures", "kernels"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "testing", "machine", "describe"),
+    ("surgery", "optim", "checkpoint", "guide", "testing", "machine", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
@@ -50,7 +50,9 @@ PUBLIC = [
     "__version__",
     "analysis",
     "explain",
+    "guide_",
     "load",
+    "normalise_",
     "param_groups",
     "project",
     "register",

@@ -2,7 +2,8 @@
 
 from . import analysis, spec, structures, testing
 from .checkpoint import load, save
-from .nn import StructuredLinear, explain, project
+from .guide import guide_
+from .nn import StructuredLinear, explain, normalise_, project
 from .optim import param_groups
 from .plan import Plan
 from .spec import STRUCTURES, Spec, register
@@ -18,7 +19,9 @@ __all__ = [
     "__version__",
     "analysis",
     "explain",
+    "guide_",
     "load",
+    "normalise_",
     "param_groups",
     "project",
     "register",

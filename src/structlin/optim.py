@@ -14,9 +14,9 @@ from .nn import StructuredLinear
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for Adam or AdamW in which ``lr`` means the same for dense and structured layers.
 
-    A factor gets ``lr * in_features / fan_in / number of factors`` (Qiu et al. 2024), and so do the parameters of its
-    parametrization if it has one; everything else gets ``lr``. Weight decay applies to parameters of two or more
-    dimensions. Frozen parameters are left out, shared ones occur once.
+    A factor gets ``lr * in_features / fan_in / number of factors`` (Qiu et al. 2024), and so does what a
+    parametrization stores of it; everything else, as the gain of a normalised factor, gets ``lr``. Weight decay applies
+    to parameters of two or more dimensions. Frozen parameters are left out, shared ones occur once.
 
     Args:
         model: any module.
@@ -48,7 +48,7 @@ def _scales(model: nn.Module) -> dict[nn.Parameter, float]:
     for module in model.modules():
         if isinstance(module, StructuredLinear):
             for path, parameter in module.named_parameters():
-                name = path.removeprefix("parametrizations.").split(".")[0]
-                if name in module.plan.factors:
+                name, _, part = path.removeprefix("parametrizations.").partition(".")
+                if name in module.plan.factors and (not part or part.startswith("original")):
                     scales.setdefault(parameter, analysis.lr_scale(module.plan, name))
     return scales

@@ -99,7 +99,6 @@ def to_structured_(
     for name, spec in chosen.items():
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        where = f"{name} ({dense.out_features}x{dense.in_features})"
         try:
             _refuse(model, names[name], dense, owners)
             plan = spec.plan(dense.out_features, dense.in_features)
@@ -107,16 +106,15 @@ def to_structured_(
                 check(plan, dense.weight)
             conversion.append(_swap(name, dense, spec, plan))
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(f"{name} ({dense.out_features}x{dense.in_features}): {error}")
     if problems:
         raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
     if not dry_run:
         # all are built before one is put in place: running out of memory, too, leaves the model as it was
         swaps = shown((s.name, _effort(s), s) for s in conversion) if progress else conversion
         layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in swaps}
-        for name, layer in layers.items():
-            for alias in names[name]:
-                model.set_submodule(alias, layer)
+        for alias, layer in ((alias, layer) for name, layer in layers.items() for alias in names[name]):
+            model.set_submodule(alias, layer)
     return conversion
 
 
@@ -137,6 +135,8 @@ def to_dense_(model: nn.Module) -> list[str]:
     for name, layer in found:
         if any(owners[id(parameter)] > 1 for parameter in layer.parameters()):
             problems.append(f"{name}: shares a factor with another module; untie it first")
+        if "guide" in layer._modules:
+            problems.append(f"{name}: has a guide; drop it first, with the drop() of what guide_ returned")
         if _is_hooked(layer):
             problems.append(f"{name}: has hooks, which would be lost; remove them first")
     if problems:
