@@ -32,13 +32,19 @@ LAYERS = (
     ("structures", "kernels"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "guide", "testing", "machine", "describe"),
+    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "machine", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
     ("cli", "__main__"),
 )
-SIDEWAYS = {("checkpoint", "surgery"), ("train", "models"), ("__main__", "cli")}
+SIDEWAYS = {
+    ("checkpoint", "surgery"),
+    ("densify", "moments"),
+    ("densify", "surgery"),
+    ("train", "models"),
+    ("__main__", "cli"),
+}
 WITHOUT_TORCH = ("plan", "widths", "analysis", "spec", "structures", "report")
 
 # besides what the package of structures exports
@@ -49,6 +55,7 @@ PUBLIC = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "densify_",
     "explain",
     "guide_",
     "load",

@@ -2,6 +2,7 @@
 
 from . import analysis, spec, structures, testing
 from .checkpoint import load, save
+from .densify import densify_
 from .guide import guide_
 from .nn import StructuredLinear, explain, normalise_, project
 from .optim import param_groups
@@ -18,6 +19,7 @@ __all__ = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "densify_",
     "explain",
     "guide_",
     "load",

@@ -126,8 +126,13 @@ def to_dense_(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: one message with every problem: a factor that another module shares, hooks that would be lost, a
-            model that is itself a `StructuredLinear`. The model is unchanged then.
+            model that is itself a `StructuredLinear`, a guide. The model is unchanged then.
     """
+    return replace(model, dense_twins(model))
+
+
+def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Linear]:
+    """What `to_dense_` replaces, and by what; raises as it does."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model is itself a StructuredLinear and cannot be replaced in place; use its to_dense()")
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)]
@@ -141,10 +146,16 @@ def to_dense_(model: nn.Module) -> list[str]:
             problems.append(f"{name}: has hooks, which would be lost; remove them first")
     if problems:
         raise ValueError("cannot make the model dense:\n  " + "\n  ".join(problems))
-    dense = {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
-    for name, layer in found:
-        model.set_submodule(name, dense[layer])
-    return [name for name, _ in found]
+    return {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
+
+
+def replace(model: nn.Module, twins: Mapping[StructuredLinear, nn.Linear]) -> list[str]:
+    """Put the dense layers of ``twins`` in the places of the structured ones; all names that were replaced."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: twins[module] for name, module in modules.items() if isinstance(module, StructuredLinear)}
+    for name, dense in found.items():
+        model.set_submodule(name, dense)
+    return list(found)
 
 
 def _linears(model: nn.Module) -> dict[str, list[str]]:
