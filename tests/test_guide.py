@@ -237,6 +237,15 @@ def test_autocast_and_half_precision():
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_explain_names_the_guide():
+    layer = make(sl.Monarch(2), (16, 16), "cpu")
+    before = sl.explain(layer, 8)
+    sl.guide_(layer, steps=3)
+    *own, last = sl.explain(layer, 8)
+    assert own == before
+    assert (last.what, last.why) == ("dense 16x16", "the guide, mixed in")
+
+
 def test_normalised_layers_are_guided_too():
     model = small()
     sl.normalise_(model)
