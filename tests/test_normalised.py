@@ -210,13 +210,16 @@ def test_drawing_anew_and_assigning():
     assert_close(layer.first, wanted)
 
 
-def test_the_dense_backend_sees_a_changed_factor():
+def test_the_dense_backend_keeps_the_weight_until_a_factor_changes():
     layer = normalised(sl.Monarch(2), (16, 16))
     layer.backend = "dense"
     x = inputs(layer, 3)
     with torch.no_grad():
         for _ in range(3):
             assert_close(layer(x), plain(layer, x))
+            kept = layer._weight[1]
+            layer(x)
+            assert layer._weight[1] is kept
             layer.parametrizations.first.original.mul_(0.5)
             layer.parametrizations.second[0].gain.mul_(3)
 
