@@ -67,7 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
-    """Give a dense ``model`` the structures and weights that `save` wrote to ``folder``.
+    """Give a dense ``model`` the structures and weights, normalised factors and guides that `save` wrote to ``folder``.
 
     Args:
         model: of the architecture that was saved, before conversion (layers that are already structured must agree).

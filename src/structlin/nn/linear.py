@@ -165,7 +165,7 @@ class StructuredLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """The ``nn.Linear`` that computes the same function, on the same device and in the same dtype.
+        """The ``nn.Linear`` that computes the same function, guide included, on the same device and in the same dtype.
 
         Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
         factors are multiplied in float32 and rounded once.
