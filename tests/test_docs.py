@@ -42,6 +42,13 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "autoencoder" / "structures.json").exists()
 
 
+def test_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "training.md"))
+    exec(compile(code, "training.md", "exec"), {})
+    assert (tmp_path / "normalised" / "structures.json").exists()
+
+
 @pytest.mark.slow
 def test_contributing_adds_a_structure(tmp_path: Path) -> None:
     for name in ("src", "tests", "docs"):

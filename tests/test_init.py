@@ -139,6 +139,58 @@ def test_every_draw_names_what_the_layer_has(spec, shape):
         assert plan.factors.keys() <= draws(spec, plan, init).keys() <= {*plan.factors, "bias"}
 
 
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        (sl.BlockDiagonal(4) + sl.LowRank(64), (512, 512), 1 / 3 + 1),
+        (sl.Dyad(4) + sl.Monarch(4) + sl.Monarch(4), (512, 512), 1 / 6 + 2 / 9),
+        (sl.Monarch(4) @ sl.Monarch(4), (512, 512), 1 / 81),
+        (sl.Product((sl.Dense(), sl.BlockShuffle(4)), width=256), (512, 1024), 1 / 3),
+        (sl.Dyad(4).T, (512, 256), (512 / 256) ** -1 / 6),
+        ((sl.BlockDiagonal(4) + sl.BlockShuffle(4)).T, (256, 512), (1 / 3 + 0.5) * 2),
+    ],
+    ids=str,
+)
+def test_reference_is_passed_through_sums_products_and_transposes(spec, shape, expected):
+    torch.manual_seed(0)
+    layer = sl.StructuredLinear(shape[1], shape[0], spec, init="reference")
+    assert variance(layer) == pytest.approx(expected, rel=0.06)
+
+
+def test_reference_maps_the_names_of_the_parts():
+    plan = (sl.LowRank(2) + sl.Monarch(2) + sl.LowRank(4)).plan(16, 24)
+    drawn = draws(sl.LowRank(2) + sl.Monarch(2) + sl.LowRank(4), plan, "reference")
+    assert drawn["down"] == drawn["down1"] == ("normal", 24**-0.5)
+    assert drawn["up1"] == ("normal", 0.5)
+    assert drawn["first"][0] == "uniform"
+    assert drawn["bias"] == ("uniform", 16**-0.5)  # of the Monarch matrix, the only one whose code draws it
+    product = sl.Dense() @ sl.Monarch(2)
+    drawn = draws(product, product.plan(16, 24), "reference")
+    assert drawn["weight"] == drawn["bias"] == ("uniform", 0.25)
+    assert drawn["first"] == ("uniform", 12**-0.5)
+    turned = product.T
+    drawn = draws(turned, turned.plan(24, 16), "reference")
+    assert (drawn["weight"], drawn["first"]) == (("uniform", 0.25), ("uniform", 12**-0.5))
+    assert "bias" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("spec", "zero"),
+    [
+        (sl.BlockDiagonal(4) + sl.LowRank(2) + sl.Monarch(2), {"blocks", "up", "second"}),
+        (sl.LowRank(4) @ sl.Monarch(2), {"up"}),
+        (sl.Monarch(2) @ sl.LowRank(4).T, {"second"}),
+        (sl.Monarch(2).T, {"first"}),
+        ((sl.Dyad(4) + sl.LowRank(2)).T, {"lower", "upper", "down"}),
+    ],
+    ids=str,
+)
+@every_init
+def test_zero_last_is_the_factor_that_writes_the_output(spec, zero, init):
+    layer = sl.StructuredLinear(16, 16, spec, init=init, zero_last=True)
+    assert {name for name in layer.plan.factors if not layer.get_parameter(name).any()} == zero
+
+
 def test_default_is_spectral_and_draws_what_it_always_did():
     torch.manual_seed(0)
     layer = sl.StructuredLinear(64, 64, sl.Monarch(4))

@@ -27,20 +27,26 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 LAYERS = (
-    ("version", "widths"),
+    ("progress", "regroup", "version", "widths"),
     ("plan",),
     ("padding",),
     ("analysis", "spec", "report.records"),
     ("structures", "kernels", "accuracy"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "testing", "machine", "describe"),
+    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "machine", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
     ("cli", "__main__"),
 )
-SIDEWAYS = {("checkpoint", "surgery"), ("train", "models"), ("__main__", "cli")}
+SIDEWAYS = {
+    ("checkpoint", "surgery"),
+    ("densify", "moments"),
+    ("densify", "surgery"),
+    ("train", "models"),
+    ("__main__", "cli"),
+}
 WITHOUT_TORCH = ("plan", "widths", "padding", "analysis", "spec", "structures", "report")
 
 # besides what the package of structures exports
@@ -51,8 +57,11 @@ PUBLIC = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "densify_",
     "explain",
+    "guide_",
     "load",
+    "normalise_",
     "param_groups",
     "project",
     "register",

@@ -2,7 +2,9 @@
 
 from . import analysis, spec, structures, testing
 from .checkpoint import load, save
-from .nn import StructuredLinear, explain, project
+from .densify import densify_
+from .guide import guide_
+from .nn import StructuredLinear, explain, normalise_, project
 from .optim import param_groups
 from .plan import Plan
 from .spec import STRUCTURES, Spec, register
@@ -17,8 +19,11 @@ __all__ = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "densify_",
     "explain",
+    "guide_",
     "load",
+    "normalise_",
     "param_groups",
     "project",
     "register",

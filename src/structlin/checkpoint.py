@@ -12,14 +12,16 @@ import shutil
 from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .nn import StructuredLinear
+from .nn import StructuredLinear, normalise_
+from .nn.guide import attach
+from .nn.normalised import is_normalised
 from .spec import Spec
 from .surgery import to_structured_
 from .version import __version__
@@ -65,7 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
-    """Give a dense ``model`` the structures and weights that `save` wrote to ``folder``.
+    """Give a dense ``model`` the structures and weights, normalised factors and guides that `save` wrote to ``folder``.
 
     Args:
         model: of the architecture that was saved, before conversion (layers that are already structured must agree).
@@ -91,11 +93,15 @@ def load(model: Model, folder: str | os.PathLike[str], device: str | torch.devic
     with safe_open(folder / WEIGHTS, framework="pt", device=str(device) if meta else "cpu") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     state |= {alias: state[name] for alias, name in header["tied"].items() if name in state}
-    problems = _misfits(_expected(current, fresh), state, cast=not meta) + _broken_ties(current, state)
+    extras = _extras(specs, state)
+    expected = _expected(current, fresh)
+    _expect_extras(expected, model, specs, extras)
+    problems = _misfits(expected, state, cast=not meta) + _broken_ties(current, state)
     if problems:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
     if fresh:
         to_structured_(model, {escape(name): spec for name, spec in fresh.items()})
+    _add(model, extras)
     model.load_state_dict(state, assign=meta)
     for alias, name in header["tied"].items():
         _tie(model, alias, name)
@@ -138,6 +144,16 @@ def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         stored[name] = plain.clone() if pointer in memory else plain
         memory.add(pointer)
     return stored, tied
+
+
+def _add(model: nn.Module, extras: Mapping[str, Extras]) -> None:
+    for name, extra in extras.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, StructuredLinear)
+        if extra.normalised and not is_normalised(layer):
+            normalise_(layer)
+        if extra.guided:
+            attach(layer)
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:
@@ -183,6 +199,18 @@ def _missing_structures(model: nn.Module, specs: Mapping[str, Spec], folder: Pat
     return {name: spec for name, spec in specs.items() if name not in present}
 
 
+class Extras(NamedTuple):
+    """What a saved layer had beside its factors."""
+
+    normalised: bool
+    guided: bool
+
+
+def _extras(specs: Mapping[str, Spec], state: Mapping[str, Tensor]) -> dict[str, Extras]:
+    gains = {name.partition(".parametrizations.")[0] for name in state if name.endswith(".0.gain")}
+    return {name: Extras(name in gains, f"{name}.guide.weight" in state) for name in specs}
+
+
 def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     """What the state of the model will be once it has these structures; factors as meta tensors."""
     expected = dict(current)
@@ -193,6 +221,24 @@ def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[
         for factor, shape in spec.plan(*weight.shape).shapes.items():
             expected[f"{name}.{factor}"] = torch.empty(shape, dtype=weight.dtype, device="meta")
     return expected
+
+
+def _expect_extras(
+    expected: dict[str, Tensor], model: nn.Module, specs: Mapping[str, Spec], extras: Mapping[str, Extras]
+) -> None:
+    """Add what normalised factors and guides bring to the state that is ``expected``."""
+    for name, extra in extras.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | StructuredLinear)
+        shape, dtype = (layer.out_features, layer.in_features), next(layer.parameters()).dtype
+        for factor in specs[name].plan(*shape).factors if extra.normalised else ():
+            if f"{name}.{factor}" in expected:
+                prefix = f"{name}.parametrizations.{factor}"
+                expected[f"{prefix}.original"] = expected.pop(f"{name}.{factor}")
+                expected[f"{prefix}.0.gain"] = torch.empty(1, dtype=dtype.to_real(), device="meta")
+        if extra.guided:
+            expected[f"{name}.guide.weight"] = torch.empty(shape, dtype=dtype, device="meta")
+            expected[f"{name}.guide.alpha"] = torch.empty((), device="meta")
 
 
 def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], cast: bool) -> list[str]:

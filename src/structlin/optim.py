@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -35,8 +36,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups in which ``lr`` means the same for dense and structured layers, and for every width.
 
-    A factor gets ``lr`` times `analysis.lr_scale`, and so do the parameters of its parametrization if it has one. With
-    a ``base``, a weight moreover gets the muP multiplier of its layer's growth against the layer of the same name
+    A factor gets ``lr`` times `analysis.lr_scale`, and so does what a parametrization stores of it. With a ``base``, a weight moreover gets the muP multiplier of its layer's growth against the layer of the same name
     there: ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
     embeddings get the growth of their size (Yang et al. 2021, table 3; Yang et al. 2023, the spectral condition). A
     readout needs no mark: its input grows and its output does not. Everything else gets ``lr``. Frozen parameters are
@@ -80,10 +80,11 @@ def param_groups(
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a module itself, a parametrized one under its own name."""
+    """Parameters of a module itself; what a parametrization stores of a factor has the name of the factor."""
     yield from module.named_parameters(recurse=False)
     for name, parametrization in getattr(module, "parametrizations", {}).items():
-        yield from ((name, parameter) for parameter in parametrization.parameters())
+        for path, parameter in parametrization.named_parameters():
+            yield name if path.startswith("original") else f"parametrizations.{name}.{path}", parameter
 
 
 def _structure(model: nn.Module, optimizer: str) -> dict[nn.Parameter, float]:
@@ -136,8 +137,12 @@ def _shape(module: nn.Module | None, name: str, model: nn.Module) -> Shape | Non
     weight = name in model.plan.factors if isinstance(model, StructuredLinear) else name == "weight"
     if weight and isinstance(module, nn.Linear | StructuredLinear):
         return module.out_features, module.in_features
-    parameter = getattr(module, name, None)
-    return None if parameter is None else tuple(parameter.shape)
+    if module is None:
+        return None
+    try:
+        return tuple(attrgetter(name)(module).shape)
+    except AttributeError:
+        return None
 
 
 def _depth(model: nn.Module, depth: Mapping[str, float], optimizer: str) -> dict[nn.Parameter, float]:

@@ -17,6 +17,7 @@ from .nn import StructuredLinear
 from .nn.init import check as check_init
 from .nn.projection import check, project
 from .plan import Plan
+from .progress import shown
 from .spec import Spec
 
 
@@ -71,6 +72,7 @@ def to_structured_(
     weights: Literal["init", "project"] = "init",
     dry_run: bool = False,
     init: str = "spectral",
+    progress: bool = False,
 ) -> Conversion:
     """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
 
@@ -86,6 +88,7 @@ def to_structured_(
             keeps the bias.
         dry_run: check and report only.
         init: how factors are drawn, as in `StructuredLinear`.
+        progress: whether a line on stderr, where that is a terminal, says what is done and the time left.
 
     Returns:
         The swapped layers, with their costs beside dense ones.
@@ -105,7 +108,6 @@ def to_structured_(
     for name, spec in chosen.items():
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        where = f"{name} ({dense.out_features}x{dense.in_features})"
         try:
             _refuse(model, names[name], dense, owners)
             plan = spec.plan(dense.out_features, dense.in_features)
@@ -113,15 +115,15 @@ def to_structured_(
                 check(plan, dense.weight)
             conversion.append(_swap(name, dense, spec, plan))
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(f"{name} ({dense.out_features}x{dense.in_features}): {error}")
     if problems:
         raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
     if not dry_run:
         # all are built before one is put in place: running out of memory, too, leaves the model as it was
-        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in conversion}
-        for name, layer in layers.items():
-            for alias in names[name]:
-                model.set_submodule(alias, layer)
+        swaps = shown((s.name, _effort(s), s) for s in conversion) if progress else conversion
+        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in swaps}
+        for alias, layer in ((alias, layer) for name, layer in layers.items() for alias in names[name]):
+            model.set_submodule(alias, layer)
     return conversion
 
 
@@ -133,8 +135,13 @@ def to_dense_(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: one message with every problem: a factor that another module shares, hooks that would be lost, a
-            model that is itself a `StructuredLinear`. The model is unchanged then.
+            model that is itself a `StructuredLinear`, a guide. The model is unchanged then.
     """
+    return replace(model, dense_twins(model))
+
+
+def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Linear]:
+    """What `to_dense_` replaces, and by what; raises as it does."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model is itself a StructuredLinear and cannot be replaced in place; use its to_dense()")
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)]
@@ -142,14 +149,22 @@ def to_dense_(model: nn.Module) -> list[str]:
     for name, layer in found:
         if any(owners[id(parameter)] > 1 for parameter in layer.parameters()):
             problems.append(f"{name}: shares a factor with another module; untie it first")
+        if "guide" in layer._modules:
+            problems.append(f"{name}: has a guide; drop it first, with the drop() of what guide_ returned")
         if _is_hooked(layer):
             problems.append(f"{name}: has hooks, which would be lost; remove them first")
     if problems:
         raise ValueError("cannot make the model dense:\n  " + "\n  ".join(problems))
-    dense = {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
-    for name, layer in found:
-        model.set_submodule(name, dense[layer])
-    return [name for name, _ in found]
+    return {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
+
+
+def replace(model: nn.Module, twins: Mapping[StructuredLinear, nn.Linear]) -> list[str]:
+    """Put the dense layers of ``twins`` in the places of the structured ones; all names that were replaced."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: twins[module] for name, module in modules.items() if isinstance(module, StructuredLinear)}
+    for name, dense in found.items():
+        model.set_submodule(name, dense)
+    return list(found)
 
 
 def _linears(model: nn.Module) -> dict[str, list[str]]:
@@ -225,6 +240,11 @@ def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
         name, dense.in_features, dense.out_features, spec,
         analysis.num_params(plan), size, analysis.flops(plan), 2 * size, plan.padded if plan.kept else None,
     )  # fmt: skip
+
+
+def _effort(swap: Swap) -> int:
+    """What the time to fit a matrix grows with: the cost of its SVD."""
+    return swap.dense_params * min(swap.in_features, swap.out_features)
 
 
 def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear:

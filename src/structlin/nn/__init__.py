@@ -2,6 +2,7 @@
 
 from .explain import explain
 from .linear import StructuredLinear
+from .normalised import normalise_
 from .projection import project
 
-__all__ = ["StructuredLinear", "explain", "project"]
+__all__ = ["StructuredLinear", "explain", "normalise_", "project"]

@@ -39,6 +39,11 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be a positive whole number")
+    guide = [Ran(f"dense {layer.out_features}x{layer.in_features}", "linear", "the guide, mixed in")]
+    return Explanation(_own(layer, tokens) + guide * ("guide" in layer._modules))
+
+
+def _own(layer: StructuredLinear, tokens: int) -> Explanation:
     forced = f"backend={layer.backend!r} was asked for"
     dense = Ran(f"dense {layer.out_features}x{layer.in_features}", "linear", "the structure is one dense weight")
     if layer.plan.is_dense:

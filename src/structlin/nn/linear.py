@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import analysis
 from ..ops import BACKENDS, compose, multiply
@@ -16,6 +17,9 @@ from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
+
+if TYPE_CHECKING:
+    from .guide import Guide
 
 
 class StructuredLinear(nn.Module):
@@ -105,7 +109,10 @@ class StructuredLinear(nn.Module):
         if self.zero_last:
             draws |= dict.fromkeys(("bias", *(term.names[-1] for term in self.plan.terms)), initialisation.ZERO)
         for name in self.plan.factors:
-            initialisation.fill_(self.get_parameter(name), draws[name], self.plan, name)
+            factor: Tensor = getattr(self, name)
+            drawn = initialisation.fill_(factor, draws[name], self.plan, name)
+            if parametrize.is_parametrized(self, name):
+                setattr(self, name, drawn)  # what was filled is its value, a tensor of its own
         if self.bias is not None:
             initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
 
@@ -116,14 +123,17 @@ class StructuredLinear(nn.Module):
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
             )
         if self._dense is not None:
-            return F.linear(x, getattr(self, self._dense), self.bias)
-        if self._backend == "dense":
-            return F.linear(x, self._dense_weight(), self.bias)
-        y = self._multiply(x.reshape(-1, self.in_features))
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        # contiguous, as that of nn.Linear is, where padding was cut off
-        return y.contiguous().reshape(*x.shape[:-1], self.out_features)
+            y = F.linear(x, getattr(self, self._dense), self.bias)
+        elif self._backend == "dense":
+            y = F.linear(x, self._dense_weight(), self.bias)
+        else:
+            y = self._multiply(x.reshape(-1, self.in_features))
+            if self.bias is not None:
+                y = y + self.bias.to(y.dtype)
+            # contiguous, as that of nn.Linear is, where padding was cut off
+            y = y.contiguous().reshape(*x.shape[:-1], self.out_features)
+        guide = self._modules.get("guide")
+        return y if guide is None else guide(x, y, self.bias)
 
     def _multiply(self, tokens: Tensor) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
@@ -155,17 +165,17 @@ class StructuredLinear(nn.Module):
 
         A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
         """
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in factors):
+        stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
             return self._materialize()
-        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors]
+        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
         if self._weight is None or self._weight[0] != key:
             self._weight = key, self._materialize()
         return self._weight[1]
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """The ``nn.Linear`` that computes the same function, on the same device and in the same dtype.
+        """The ``nn.Linear`` that computes the same function, guide included, on the same device and in the same dtype.
 
         Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
         factors are multiplied in float32 and rounded once.
@@ -176,12 +186,17 @@ class StructuredLinear(nn.Module):
         twin = self if dtype == wide else self._in_dtype(wide)
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
-        dense.weight.copy_(twin._materialize())
-        dense.weight.requires_grad_(any(factor.requires_grad for factor in factors))
+        weight, guide = twin._materialize(), self._modules.get("guide")
+        dense.weight.copy_(weight if guide is None else cast("Guide", guide).mixed(weight))
+        dense.weight.requires_grad_(any(p.requires_grad for p in self._weights()))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
+
+    def _weights(self) -> list[nn.Parameter]:
+        """What is stored of the factors, with the parameters of their parametrizations."""
+        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
 
     def _in_dtype(self, dtype: torch.dtype) -> StructuredLinear:
         twin = StructuredLinear(self.in_features, self.out_features, self.spec, bias=False, device="meta", dtype=dtype)

@@ -6,7 +6,7 @@ to a sparse one; a product of two Monarch matrices is the class that holds convo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import lcm
@@ -20,6 +20,15 @@ from .dyad import Dyad
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .monarch import Monarch
+
+Draws = dict[str, tuple[str, float]]
+
+
+def _passed_on(plan: Plan, parts: Sequence[tuple[Spec, Plan]]) -> tuple[Draws, list[Draws]]:
+    """What the parts of ``plan``, in the order of its factors, draw: under its names, and part by part."""
+    names, each = iter(plan.factors), [spec.reference_init(part) for spec, part in parts]
+    renamed = [dict(zip(part.factors, names, strict=False)) for _, part in parts]
+    return {new[n]: draw for new, own in zip(renamed, each, strict=True) for n, draw in own.items() if n in new}, each
 
 
 @register("sum")
@@ -43,6 +52,12 @@ class Sum(Spec):
     def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         outs, ins = zip(*(term.multiples(out_features, in_features) for term in self.terms), strict=True)
         return lcm(*outs), lcm(*ins)
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """Every term as it is drawn alone; the bias as the first term that draws one."""
+        parts = [(term, term.plan(*plan.padded)) for term in self.terms]
+        factors, each = _passed_on(plan, parts)
+        return factors | next(({"bias": own["bias"]} for own in each if "bias" in own), {})
 
     def __str__(self) -> str:
         return _with_padding("+".join(map(str, self.terms)), self.pad)
@@ -74,9 +89,18 @@ class Product(Spec):
         object.__setattr__(self, "factors", tuple(flat))
 
     def plan(self, out_features: int, in_features: int) -> Plan:
+        return reduce(matmul, self._plans(out_features, in_features))
+
+    def _plans(self, out_features: int, in_features: int) -> list[Plan]:
         inner = [self.width or min(out_features, in_features)] * (len(self.factors) - 1)
         rows, columns = (out_features, *inner), (*inner, in_features)
-        return reduce(matmul, (f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)))
+        return [f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)]
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """Every structure as it is drawn alone; the bias as by the one that is applied last."""
+        plans = self._plans(*plan.padded)
+        factors, each = _passed_on(plan, list(zip(self.factors, plans, strict=True))[::-1])
+        return factors | ({"bias": each[-1]["bias"]} if "bias" in each[-1] else {})
 
     def multiples(self, out_features: int, in_features: int) -> tuple[int, int]:
         inner = self.width or 1
@@ -101,6 +125,10 @@ class Transpose(Spec):
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         return self.of.plan(in_features, out_features).T
+
+    def reference_init(self, plan: Plan) -> Draws:
+        """The matrix that is transposed as it is drawn; the bias at zero, as it adds to the other side."""
+        return {name: draw for name, draw in self.of.reference_init(plan.T).items() if name != "bias"}
 
     @property
     def T(self) -> Spec:
