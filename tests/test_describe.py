@@ -20,6 +20,8 @@ SPECS = [
     *((sl.Dyad(nblocks=n, variant=v), (48, 32)) for n in (2, 4, 8) for v in ("it", "ot", "dt")),
     (sl.Dyad(4) + sl.BlockDiagonal(2) + sl.Dyad(2, "ot"), (16, 32)),
     (sl.BlockDiagonal(4) @ sl.BlockDiagonal(2), (16, 16)),
+    (sl.Pixelfly(2, 4) + sl.BlockDiagonal(2), (16, 32)),
+    (sl.Pixelfly(2, 4).T + sl.Pixelfly(2, 4, nfactors=1) + sl.Dyad(4), (32, 16)),
 ]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations, product
 from math import log
 from typing import NamedTuple
 
-from .plan import Plan, Step, Term
+from .plan import Plan, Step, Table, Term
 
 
 def num_params(plan: Plan) -> int:
@@ -75,6 +76,7 @@ def rank_bound(plan: Plan) -> int:
     return min(plan.in_features, plan.out_features, sum(map(cut, plan.terms)))
 
 
+@lru_cache(maxsize=256)  # counts every feature, and a model has few shapes
 def density(plan: Plan) -> float:
     """Fraction of the entries of the matrix that can be other than zero, exact.
 
@@ -87,22 +89,38 @@ def density(plan: Plan) -> float:
     linked = 0
     for size in range(1, len(classes) + 1):
         for chosen in combinations(classes, size):
-            inputs = Counter(zip(*(ins for ins, _ in chosen), strict=True))
-            outputs = Counter(zip(*(outs for _, outs in chosen), strict=True))
+            inputs, outputs = (_together(ends) for ends in zip(*chosen, strict=True))
             pairs = sum(n * outputs[digits] for digits, n in inputs.items())
             linked += pairs if size % 2 else -pairs
     return linked / (plan.in_features * plan.out_features)
 
 
-def _classes(plan: Plan, term: Term) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """For every input and every output of a term its digits on the axes that both ends have."""
+Digits = list[list[tuple[int, ...]]]
+
+
+def _together(ends: Sequence[Digits]) -> Counter[tuple[tuple[int, ...], ...]]:
+    """How many features have which digits in each of several terms."""
+    return Counter(digits for feature in zip(*ends, strict=True) for digits in product(*feature))
+
+
+def _classes(plan: Plan, term: Term) -> tuple[Digits, Digits]:
+    """For every input and every output of a term its digits on the axes that both ends have: several where a table
+    looks a feature up several times."""
     shared = [axis for axis in term.x if axis in term.y]
 
-    def read(axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    def read(axes: tuple[str, ...], table: Table | None) -> Digits:
         places = [axes.index(axis) for axis in shared]
-        return [tuple(digits[p] for p in places) for digits in product(*map(range, plan.shape(axes)))]
+        read = [tuple(digits[p] for p in places) for digits in product(*map(range, plan.shape(axes)))]
+        if table is None:
+            return [[digits] for digits in read]
+        features: Digits = [[] for _ in range(plan.width(axes, table))]
+        width = plan.size(axes[2:])
+        for place, block in enumerate(block for row in table for block in row):
+            for k in range(width):
+                features[block * width + k].append(read[place * width + k])
+        return features
 
-    return read(term.x), read(term.y)
+    return read(term.x, term.table), read(term.y, term.out_table)
 
 
 class Taxonomy(NamedTuple):
