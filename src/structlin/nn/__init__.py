@@ -3,5 +3,6 @@
 from .explain import explain
 from .linear import StructuredLinear
 from .projection import project
+from .shared_bases import recover
 
-__all__ = ["StructuredLinear", "explain", "project"]
+__all__ = ["StructuredLinear", "explain", "project", "recover"]
