@@ -100,6 +100,26 @@ def test_the_picture_is_a_png_and_leaves_the_random_state():
     assert picture(sl.Dyad(), 32, 64) == small
 
 
+@pytest.mark.parametrize("name", sl.STRUCTURES)
+def test_every_structure_is_drawn(name):
+    image = pytest.importorskip("matplotlib.image")
+    spec, shape = next(iter(sl.STRUCTURES[name].examples()))
+    assert image.imread(io.BytesIO(picture(spec, *shape))).std() > 0.05
+
+
+def test_a_long_name_is_broken_into_lines(monkeypatch):
+    """One line would leave the picture at the right."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    titles = []
+    monkeypatch.setattr(axes, "set_title", lambda self, text, **_: titles.append(text))
+    spec = sl.Dyad(4) + sl.BlockDiagonal(4) + sl.BlockDiagonal(2) + sl.LowRank(8)
+    picture(spec, 16, 16)
+    (lines,) = (title.splitlines() for title in titles)
+    assert "".join(lines).replace(" ", "") == f"{spec}at16x16"
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 56
+
+
 def test_what_is_too_large_to_draw_says_so():
     with pytest.raises(ValueError, match="4099x4099, the smallest that halving gives; widths may be up to 4096"):
         picture(sl.LowRank(4), 4099, 4099)
