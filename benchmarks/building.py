@@ -4,8 +4,8 @@
 
 For each structure: seconds to build a layer of 8192x8192, per parameter relative to nn.Linear (they take turns), and on
 the meta device, the first time and later; and seconds to build every linear layer of a 7B decoder on the meta device
-and describe each. Then seconds to project a 4096x4096 weight. All on the CPU; the load of the machine before the run
-is in the records.
+and describe each. Then seconds to project a 4096x4096 weight. All on the CPU. The load of the machine before and at
+the record is in it, and seconds of the processor beside those of the clock, which tell how busy the machine was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from structlin.describe import describe
 from structlin.machine import provenance
 from structlin.report import records
 
-SEED, WIDTH, TURNS = 0, 8192, 5
+SEED, WIDTH, TURNS = 0, 8192, 3
 SPECS = (
     "dense", "low_rank:rank=0.25", "block_diagonal:nblocks=4", "block_dense:nblocks=4:rank=256", "monarch:nblocks=4",
     "monarch:nblocks=16", "block_shuffle:nblocks=4", "btt:rank=4", "dyad:nblocks=4", "kronecker",
@@ -33,7 +33,7 @@ SPECS = (
     "monarch:nblocks=4@monarch:nblocks=4.T",
 )  # fmt: skip
 LAYERS, SHAPES = 32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-LOAD = list(os.getloadavg())
+LOAD = os.getloadavg()[0]
 found: list[records.Record] = []
 
 
@@ -46,7 +46,8 @@ def seconds(run: Callable[[], object]) -> float:
 def note(name: str, config: dict[str, object], metrics: dict[str, float]) -> None:
     print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
     where = provenance(" ".join(["python", *sys.argv]), SEED, torch.device("cpu"))
-    measured = {"config": {**config, "load": LOAD}, "metrics": metrics, "status": "ok", "error": None}
+    config = {**config, "load_before": LOAD, "load": os.getloadavg()[0]}
+    measured = {"config": config, "metrics": metrics, "status": "ok", "error": None}
     found.append({"kind": "spike", "name": f"building {name}", **where, **measured})
 
 
@@ -74,22 +75,27 @@ def analyse(text: str) -> None:
 
     spec = sl.spec.parse(text)
     config = {"structure": text, "layers": LAYERS, "shapes": SHAPES}
-    note(f"7B model, {text}", config, {"build_and_describe_s": seconds(model)})
+    used = time.process_time()
+    metrics = {"build_and_describe_s": seconds(model)}
+    note(f"7B model, {text}", config, {**metrics, "build_and_describe_cpu_s": time.process_time() - used})
 
 
 def projection(text: str, size: int) -> None:
     spec, weight = sl.spec.parse(text), torch.randn(size, size)
     plan = spec.plan(size, size)
-    times = [seconds(lambda: sl.project(plan, weight)) for _ in range(3)]
-    config = {"structure": text, "shape": [size, size], "turns": 3, "dtype": "float32"}
-    note(f"projection {size}x{size}, {text}", config, {"project_s": median(times), "project_slowest_s": max(times)})
+    used = time.process_time()
+    times = [seconds(lambda: sl.project(plan, weight)) for _ in range(TURNS)]
+    used = (time.process_time() - used) / TURNS
+    config = {"structure": text, "shape": [size, size], "turns": TURNS, "dtype": "float32"}
+    metrics = {"project_s": median(times), "project_slowest_s": max(times), "project_cpu_s": used}
+    note(f"projection {size}x{size}, {text}", config, metrics)
 
 
 if __name__ == "__main__":
     torch.manual_seed(SEED)
     for text in SPECS:
-        build(text)
-    for text in SPECS:
         analyse(text)
     projection("monarch:nblocks=4", 4096)
+    for text in SPECS:
+        build(text)
     records.write(sys.argv[1], found)
