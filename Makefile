@@ -10,11 +10,15 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .NOTPARALLEL:
-.PHONY: compare test test-slow test-all gpu-test format clean
+.PHONY: compare pictures test test-slow test-all gpu-test format clean
 
 # train dense and structured layers side by side; `make compare ARGS='--preset smoke'`
 compare: .venv/report.stamp
 	$(BIN)/structlin compare $(ARGS)
+
+# the pictures of docs/structures.md
+pictures: .venv/report.stamp
+	$(BIN)/python docs/pictures.py
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check

@@ -20,6 +20,8 @@ SPECS = [
     *((sl.Dyad(nblocks=n, variant=v), (48, 32)) for n in (2, 4, 8) for v in ("it", "ot", "dt")),
     (sl.Dyad(4) + sl.BlockDiagonal(2) + sl.Dyad(2, "ot"), (16, 32)),
     (sl.BlockDiagonal(4) @ sl.BlockDiagonal(2), (16, 16)),
+    (sl.Pixelfly(2, 4) + sl.BlockDiagonal(2), (16, 32)),
+    (sl.Pixelfly(2, 4).T + sl.Pixelfly(2, 4, nfactors=1) + sl.Dyad(4), (32, 16)),
 ]
 
 
@@ -96,6 +98,26 @@ def test_the_picture_is_a_png_and_leaves_the_random_state():
         pixels = image.imread(io.BytesIO(png))
         assert pixels.std() > 0.05  # not blank
     assert picture(sl.Dyad(), 32, 64) == small
+
+
+@pytest.mark.parametrize("name", sl.STRUCTURES)
+def test_every_structure_is_drawn(name):
+    image = pytest.importorskip("matplotlib.image")
+    spec, shape = next(iter(sl.STRUCTURES[name].examples()))
+    assert image.imread(io.BytesIO(picture(spec, *shape))).std() > 0.05
+
+
+def test_a_long_name_is_broken_into_lines(monkeypatch):
+    """One line would leave the picture at the right."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    titles = []
+    monkeypatch.setattr(axes, "set_title", lambda self, text, **_: titles.append(text))
+    spec = sl.Dyad(4) + sl.BlockDiagonal(4) + sl.BlockDiagonal(2) + sl.LowRank(8)
+    picture(spec, 16, 16)
+    (lines,) = (title.splitlines() for title in titles)
+    assert "".join(lines).replace(" ", "") == f"{spec}at16x16"
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 56
 
 
 def test_what_is_too_large_to_draw_says_so():

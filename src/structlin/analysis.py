@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from itertools import combinations, product
 from math import log
 from typing import NamedTuple
@@ -82,6 +83,7 @@ def rank_bound(plan: Plan) -> int:
     return min(plan.in_features, plan.out_features, sum(map(cut, plan.terms)))
 
 
+@lru_cache(maxsize=256)  # counts every feature, and a model has few shapes
 def density(plan: Plan) -> float:
     """Fraction of the entries of the matrix that can be other than zero, exact.
 

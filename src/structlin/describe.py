@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from textwrap import wrap
 
 import torch
 
@@ -73,18 +74,21 @@ def picture(spec: Spec, out_features: int, in_features: int) -> bytes:
         weight = StructuredLinear(columns, rows, spec, bias=False).to_dense().weight.detach()
     size = weight.abs() / weight.abs().max()
     shades = colormaps["viridis"].with_extremes(bad="white")
-    notes = [str(plan), *(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.shapes.items())]
+    title = wrap(f"{spec} at {out_features}x{in_features}", 56)
+    notes = [line for term in str(plan).split("  +  ") for line in wrap(term, 110)]
+    notes += [f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.shapes.items()]
     if (rows, columns) != (out_features, in_features):
         notes.append(f"drawn at {rows}x{columns}")
+    height = 1.2 + 0.2 * len(title) + 0.18 * len(notes) + 5 * min(2.0, max(0.4, rows / columns))
     with rc_context({"font.size": 9, "figure.dpi": 150}):
-        figure = Figure(figsize=(6, 1.4 + 0.18 * len(notes) + 5 * min(2.0, max(0.4, rows / columns))))
+        figure = Figure(figsize=(6, height))
         FigureCanvasAgg(figure)
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
         # nearest: averaging neighbours would show entries that are zero as small ones
         axes.imshow(size.where(size > 0, torch.nan).numpy(), cmap=shades, vmin=0, interpolation="nearest")
         axes.set(xlabel="input feature", ylabel="output feature")
-        axes.set_title(f"{spec} at {out_features}x{in_features}", loc="left", fontweight="bold")
+        axes.set_title("\n".join(title), loc="left", fontweight="bold")
         figure.supxlabel("\n".join(notes), fontsize=7, ha="left", x=0.02)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})

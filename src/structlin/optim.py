@@ -36,11 +36,13 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups in which ``lr`` means the same for dense and structured layers, and for every width.
 
-    A factor gets ``lr`` times `analysis.lr_scale`, and so does what a parametrization stores of it. With a ``base``, a weight moreover gets the muP multiplier of its layer's growth against the layer of the same name
-    there: ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
+    A factor gets ``lr`` times `analysis.lr_scale`, and so does what a parametrization stores of it. With a ``base``, a
+    weight moreover gets the muP multiplier of its layer's growth against the layer of the same name there:
+    ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
     embeddings get the growth of their size (Yang et al. 2021, table 3; Yang et al. 2023, the spectral condition). A
-    readout needs no mark: its input grows and its output does not. Everything else gets ``lr``. Frozen parameters are
-    left out; shared ones occur once, with the rate of the first module that has them.
+    readout needs no mark: its input grows and its output does not. Everything else, as the gain of a normalised factor,
+    gets ``lr``. Frozen parameters are left out; shared ones occur once, with the rate of the first module that has
+    them.
 
     Args:
         model: any module.

@@ -1,14 +1,20 @@
-"""docs/structures.md: every structure is on it, and the numbers of its table are those of the plans."""
+"""docs/structures.md: every structure is on it with its picture, and the numbers of its table are those of its plan."""
 
+import runpy
+from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 
 import structlin as sl
 from structlin import analysis
 from structlin.spec import parse
+from structlin.testing import assert_close, examples, make
 
-PAGE = (Path(__file__).parents[2] / "docs" / "structures.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
+PICTURES = ROOT / "docs" / "img" / "structures"
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
 
 
@@ -24,3 +30,41 @@ def test_numbers_of_the_table(row):
 def test_every_structure_has_its_section():
     titles = {name for line in PAGE.splitlines() if line.startswith("## ") for name in line[3:].split(", ")}
     assert sl.STRUCTURES.keys() <= titles
+
+
+def sections():
+    """Heading -> text, for each name that a heading gives."""
+    parts = PAGE.split("\n## ")[1:]
+    return {name: part for part in parts for name in part.partition("\n")[0].split(", ")}
+
+
+@pytest.mark.parametrize("name", sl.STRUCTURES)
+def test_every_structure_shows_its_picture(name):
+    """`make pictures` draws the ones that are missing."""
+    assert f"](img/structures/{name}.png)" in sections()[name]
+    picture = (PICTURES / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 15_000
+
+
+def test_no_picture_is_of_nothing():
+    assert {path.stem for path in PICTURES.iterdir()} <= sl.STRUCTURES.keys()
+
+
+def test_pictures_are_drawn_from_the_registry(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    assert script["CHOSEN"].keys() <= sl.STRUCTURES.keys()
+    monkeypatch.setitem(script["main"].__globals__, "FOLDER", tmp_path)
+    monkeypatch.setattr(sl, "STRUCTURES", {name: sl.STRUCTURES[name] for name in ("dyad", "pixelfly")})
+    script["main"]()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dyad.png", "pixelfly.png"]
+
+
+@pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)
+def test_the_steps_of_a_picture_make_the_matrix(spec, shape):
+    pytest.importorskip("matplotlib")
+    steps = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["steps"]
+    layer = make(spec, shape, "cpu", bias=False)
+    terms = (reduce(torch.matmul, steps(layer, term)) for term in layer.plan.terms)
+    assert_close(sum(terms), layer.to_dense().weight.detach())

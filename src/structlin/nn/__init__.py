@@ -4,5 +4,6 @@ from .explain import explain
 from .linear import StructuredLinear
 from .normalised import normalise_
 from .projection import project
+from .shared_bases import recover
 
-__all__ = ["StructuredLinear", "explain", "normalise_", "project"]
+__all__ = ["StructuredLinear", "explain", "normalise_", "project", "recover"]

@@ -81,9 +81,10 @@ def size(weight: Tensor, covariance: Tensor | None) -> float:
     return float(((weight @ covariance) * weight.conj()).real.sum())
 
 
-def falls(error: float, last: float, whole: float) -> bool:
-    """Whether another sweep is worth it: the error fell, and is not yet rounding."""
-    return last - error > PROGRESS * error and error > 1e-24 * whole
+def falls(error: float, last: float, whole: float, dtype: torch.dtype = torch.float64) -> bool:
+    """Whether another sweep is worth it: the squared error fell, and is not yet the rounding of ``dtype``."""
+    rounding = max(1e-24, (4 * torch.finfo(dtype).eps) ** 2)
+    return last - error > PROGRESS * error and error > rounding * whole
 
 
 def alternate(
@@ -115,7 +116,7 @@ def alternate(
         for name in term.names:
             factors = factors | {name: system.solve(name, factors)}
         error = system.error(factors)
-        if len(term.names) == 1 or not falls(error, last, system.whole):
+        if len(term.names) == 1 or not falls(error, last, system.whole, weight.dtype):
             break
         last = error
     return factors
@@ -129,8 +130,6 @@ class _System:
         self.whole = size(weight, covariance)
         used = {a for w in term.weights for a in w}
         self.repeats = plan.size(a for a in term.x if a not in used) if covariance is None else 1
-        target = weight if covariance is None else weight @ covariance
-        self.target = read(plan, term, target)
         self.axes = dict(zip(term.names, term.weights, strict=True))
         # of an axis that is summed twice, once for each copy of the other factors, the second copy is primed
         fixed = {*term.y} if covariance is not None else {*term.y, *term.x}
@@ -154,14 +153,20 @@ class _System:
                 "project without inputs"
             )
         gram = self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats
+        # a correction to the factor is found, not the factor: rounding is then that of the residual
+        residual = self.weight - matrix(self.plan, self.term, factors)
+        residual = residual if self.covariance is None else residual @ self.covariance
         right = self._einsum(
-            [(self.target, self.term.y + self.term.x), *((factors[o].conj(), self.axes[o]) for o in others)],
+            [
+                (read(self.plan, self.term, residual), self.term.y + self.term.x),
+                *((factors[o].conj(), self.axes[o]) for o in others),
+            ],
             batch + unknown + apart,
         )
         ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None] + torch.finfo(gram.real.dtype).tiny
         gram = gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
         found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1))
-        return self._einsum([(found.reshape(right.shape), batch + unknown + apart)], axes)
+        return factors[name] + self._einsum([(found.reshape(right.shape), batch + unknown + apart)], axes)
 
     def _gram(self, others: list[str], batch: Axes, unknown: Axes, factors: dict[str, Tensor]) -> Tensor:
         operands = [(factors[o].conj(), self.axes[o]) for o in others]
@@ -173,7 +178,7 @@ class _System:
                 covariance = gather(gather(covariance, self.term.table).mT, self.term.table).mT
             operands.append((covariance.reshape(shape + shape), self._primed(self.term.x) + self.term.x))
         if not operands:
-            return self.target.new_ones(1)
+            return self.weight.new_ones(1)
         return self._einsum(operands, batch + unknown + self._primed(unknown))
 
     def _primed(self, axes: Axes) -> Axes:

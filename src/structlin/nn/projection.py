@@ -9,16 +9,16 @@ has no closed form is fitted by alternating least squares (`least_squares`).
 
 from __future__ import annotations
 
-import string
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..plan import Axes, Plan, Term
-from . import least_squares
+from ..plan import Plan, Term
+from . import least_squares, shared_bases
 from .least_squares import matrix
+from .trains import is_train, project_train
 
 SWEEPS = 300  # of an alternating fit, at most; it stops before when the error no longer falls
 
@@ -91,9 +91,7 @@ def _with_free_padding(
     return best
 
 
-def _nearest(
-    plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None
-) -> dict[str, Tensor]:  # fmt: skip
+def _nearest(plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None) -> dict[str, Tensor]:
     if covariance is not None:
         return _fit_sum(plan, weight, start, covariance)
     if len(plan.terms) == 1:
@@ -142,13 +140,11 @@ def _project_supports(plan: Plan, weight: Tensor) -> dict[str, Tensor]:
     cover = torch.stack([matrix(plan, term, ones) for term in plan.terms]).real.sum(0).clamp(min=1)
     factors: dict[str, Tensor] = {}
     for term in plan.terms:
-        factors |= _project_train(plan, term, weight / cover)
+        factors |= project_train(plan, term, weight / cover)
     return factors
 
 
-def _fit_sum(
-    plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None
-) -> dict[str, Tensor]:  # fmt: skip
+def _fit_sum(plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None) -> dict[str, Tensor]:
     """Each term in turn against what the others leave, until the error no longer falls."""
     weight = weight if covariance is None else weight.to(covariance.dtype)
     factors, sweeps = dict(start), SWEEPS if len(plan.terms) == 1 else 2
@@ -172,49 +168,10 @@ def _fit_term(
     plan: Plan, term: Term, weight: Tensor, start: dict[str, Tensor], covariance: Tensor | None, sweeps: int
 ) -> dict[str, Tensor]:
     """The term nearest to ``weight``: in closed form, or from the factors in ``start`` if they are there."""
-    if covariance is None and _is_train(term):
-        return _project_train(plan, term, weight)
+    if covariance is None and is_train(term):
+        return project_train(plan, term, weight)
     if covariance is not None and least_squares.is_blockwise(term):
         return least_squares.fit_blocks(plan, term, weight, start, covariance, sweeps)
+    if covariance is None and not start:
+        start = shared_bases.start(plan, term, weight)
     return least_squares.alternate(plan, term, weight, start, covariance, sweeps)
-
-
-def _is_train(term: Term) -> bool:
-    """Whether taking factors off one by one leaves, each time, a chain of the same kind."""
-    known = {*term.x, *term.y}
-    for i, first in enumerate(term.weights[:-1]):
-        following = term.weights[i + 1]
-        shared = {a for a in first if any(a in w for w in term.weights[i + 1 :])}
-        later = {a for w in term.weights[i + 2 :] for a in w}
-        if not shared <= {*following} or (shared - known) & later:
-            return False
-        known |= shared
-    return True
-
-
-def _project_train(plan: Plan, term: Term, weight: Tensor) -> dict[str, Tensor]:
-    used = {a for w in term.weights for a in w}
-    have = tuple(a for a in dict.fromkeys(term.y + term.x) if a in used)
-    # an axis at both ends is read on its diagonal; one that no factor sees repeats the matrix, whose mean is nearest
-    repeats = plan.size(a for a in term.x if a not in used)
-    tensor = rearrange(plan, least_squares.read(plan, term, weight), term.y + term.x, have) / repeats
-    factors: dict[str, Tensor] = {}
-    for i, (name, first) in enumerate(zip(term.names[:-1], term.weights[:-1], strict=True)):
-        shared = tuple(a for a in first if any(a in w for w in term.weights[i + 1 :]))
-        batch, hidden = tuple(a for a in shared if a in have), tuple(a for a in shared if a not in have)
-        rows, columns = tuple(a for a in have if a not in first), tuple(a for a in first if a not in shared)
-        blocks = rearrange(plan, tensor, have, batch + rows + columns)
-        blocks = blocks.reshape(plan.size(batch), plan.size(rows), plan.size(columns))
-        up, down = least_squares.truncated(blocks, plan.size(hidden))
-        have, split = batch + rows + hidden, batch + hidden + columns
-        factors[name] = rearrange(plan, down.reshape(plan.shape(split)), split, first)
-        tensor = up.reshape(plan.shape(have))
-    factors[term.names[-1]] = rearrange(plan, tensor, have, term.weights[-1])
-    return factors
-
-
-def rearrange(plan: Plan, tensor: Tensor, have: Axes, want: Axes) -> Tensor:
-    """``tensor`` with axes ``have`` as one with ``want``: a repeated axis on its diagonal, a missing one summed."""
-    letters = dict(zip(plan.sizes, string.ascii_letters, strict=False))
-    spell = ("".join(letters[axis] for axis in axes) for axes in (have, want))
-    return torch.einsum("->".join(spell), tensor)
