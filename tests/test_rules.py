@@ -31,16 +31,17 @@ LAYERS = (
     ("plan",),
     ("padding",),
     ("analysis", "spec", "report.records"),
-    ("structures", "kernels", "accuracy"),
+    ("structures", "kernels", "accuracy", "machine"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "machine", "describe"),
+    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
     ("cli", "__main__"),
 )
 SIDEWAYS = {
+    ("bench", "models"),
     ("checkpoint", "surgery"),
     ("densify", "moments"),
     ("densify", "surgery"),
@@ -57,6 +58,7 @@ PUBLIC = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "choices",
     "densify_",
     "explain",
     "guide_",
@@ -65,11 +67,13 @@ PUBLIC = [
     "param_groups",
     "project",
     "register",
+    "restore_choices",
     "save",
     "spec",
     "testing",
     "to_dense_",
     "to_structured_",
+    "tune",
 ]
 
 MAX_LINES = 350

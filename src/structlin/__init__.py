@@ -4,7 +4,8 @@ from . import analysis, spec, structures, testing
 from .checkpoint import load, save
 from .densify import densify_
 from .guide import guide_
-from .nn import StructuredLinear, explain, normalise_, project
+from .nn import StructuredLinear, explain, normalise_, project, tune
+from .ops.choice import choices, restore_choices
 from .optim import param_groups
 from .plan import Plan
 from .spec import STRUCTURES, Spec, register
@@ -19,6 +20,7 @@ __all__ = [
     "StructuredLinear",
     "__version__",
     "analysis",
+    "choices",
     "densify_",
     "explain",
     "guide_",
@@ -27,10 +29,12 @@ __all__ = [
     "param_groups",
     "project",
     "register",
+    "restore_choices",
     "save",
     "spec",
     "testing",
     "to_dense_",
     "to_structured_",
+    "tune",
     *structures.__all__,
 ]

@@ -22,7 +22,7 @@ from .accuracy import assert_as_accurate as assert_as_accurate
 from .accuracy import assert_close as assert_close
 from .accuracy import error as error
 from .nn import StructuredLinear
-from .ops import contract, reference
+from .ops import backends_on, contract, reference
 from .plan import Table, num_blocks
 from .spec import STRUCTURES, Spec, parse
 
@@ -56,9 +56,10 @@ def _is_padded(spec: Spec, shape: Shape) -> bool:
 def make(
     spec: Spec, shape: Shape, device: str, dtype: torch.dtype = torch.float64, bias: bool = True
 ) -> StructuredLinear:
-    """A seeded layer with a bias that is not zero."""
+    """A seeded layer with a bias that is not zero; its backend is "auto" on a CPU, where that measures nothing."""
     torch.manual_seed(0)
     layer = StructuredLinear(shape[1], shape[0], spec, bias=bias, dtype=dtype).to(device)
+    layer.backend = "auto" if device == "cpu" else "triton" if "triton" in backends_on(torch.device(device)) else "bmm"
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
     return layer

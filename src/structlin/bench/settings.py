@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..ops import BACKENDS, backends_on
 from . import problems
 from .contenders import COMPILED, FORWARD, LINEAR, MODES, NAMES
 from .problems import BlockProblem, Problem
@@ -87,17 +88,18 @@ def configure(
         tokens=tokens,
         dtype=_among("--dtype", dtype or DEFAULT_DTYPE[kind], DTYPES),
         device=device,
-        backends=_backends(backends, kind),
+        backends=_backends(backends, torch.device(device)),
         modes=(FORWARD,) if only_forward else MODES,
         repeats=repeats,
         seed=seed,
     )
 
 
-def _backends(given: str | None, kind: str) -> tuple[str, ...]:
+def _backends(given: str | None, device: torch.device) -> tuple[str, ...]:
     if given is None:
         # compiling takes longer than all the rest on a few CPU cores
-        return tuple(name for name in NAMES if kind == "cuda" or name != COMPILED)
+        out = {*BACKENDS} - {*backends_on(device)} | ({COMPILED} if device.type == "cpu" else set())
+        return tuple(name for name in NAMES if name not in out)
     names = [_among("--backends", name.strip(), NAMES) for name in given.split(",")]
     _once("--backends", names)
     return tuple(name for name in NAMES if name in {LINEAR, *names})

@@ -5,5 +5,6 @@ from .linear import StructuredLinear
 from .normalised import normalise_
 from .projection import project
 from .shared_bases import recover
+from .tuning import tune
 
-__all__ = ["StructuredLinear", "explain", "normalise_", "project", "recover"]
+__all__ = ["StructuredLinear", "explain", "normalise_", "project", "recover", "tune"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
+from ..ops import choice
 from ..ops.blocks import Blocks
-from ..ops.moves import Gather, Move, Relayout, has_triton, tensor_memory
+from ..ops.moves import Gather, Move, Relayout, kernels_on
 from ..ops.schedule import Multiply, schedule
 from ..plan import Plan
 from .linear import StructuredLinear
@@ -23,16 +25,24 @@ class Ran:
 
 
 class Explanation(list[Ran]):
-    """The forward pass of a layer in order; prints as a table."""
+    """The forward pass of a layer in order, and what backend "auto" chose and why, if asked; prints as a table."""
+
+    def __init__(self, rows: Iterable[Ran] = (), choice: str | None = None) -> None:
+        super().__init__(rows)
+        self.choice = choice
 
     def __str__(self) -> str:
         rows = [("step", "runs as", "why"), *((r.what, r.backend, r.why) for r in self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*([] if self.choice is None else [f"auto runs {self.choice}"]), *lines])
 
 
-def explain(layer: StructuredLinear, tokens: int) -> Explanation:
+def explain(layer: StructuredLinear, tokens: int, training: bool | None = None) -> Explanation:
     """What the forward pass of ``layer`` runs for ``tokens`` tokens, in order, with the reason for each choice.
+
+    Measures nothing: backend "auto" is explained as it would choose with what is known by now, in training or
+    inference (by default as the layer stands), launched from Python.
 
     Raises:
         ValueError: for fewer than one token.
@@ -40,19 +50,30 @@ def explain(layer: StructuredLinear, tokens: int) -> Explanation:
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be a positive whole number")
     guide = [Ran(f"dense {layer.out_features}x{layer.in_features}", "linear", "the guide, mixed in")]
-    return Explanation(_own(layer, tokens) + guide * ("guide" in layer._modules))
+    found, backend, why = None, layer.backend, f"backend={layer.backend!r} was asked for"
+    if backend == "auto" and not layer.plan.is_dense:
+        found = choice.look(layer_key(layer, tokens, layer.training if training is None else training))
+        backend, why = found.eager, "auto chose it"
+    rows = _own(layer, tokens, backend, why) + guide * ("guide" in layer._modules)
+    return Explanation(rows, None if found is None else str(found))
 
 
-def _own(layer: StructuredLinear, tokens: int) -> Explanation:
-    forced = f"backend={layer.backend!r} was asked for"
+def layer_key(layer: StructuredLinear, tokens: int, training: bool) -> choice.Key:
+    """What the choice of backend for this layer, on its device and in its dtype, goes by."""
+    factor: Tensor = getattr(layer, next(iter(layer.plan.factors)))
+    return choice.Key(layer._runs, factor.dtype, choice.bucket(tokens), factor.device, training)
+
+
+def _own(layer: StructuredLinear, tokens: int, backend: str, forced: str) -> list[Ran]:
     dense = Ran(f"dense {layer.out_features}x{layer.in_features}", "linear", "the structure is one dense weight")
     if layer.plan.is_dense:
-        return Explanation([dense])
-    if layer.backend == "dense":
-        return Explanation([Ran(dense.what, "linear", forced + "; the weight is kept in inference")])
+        return [dense]
+    if backend == "dense":
+        size = layer.in_features * layer.out_features * next(layer.parameters()).element_size() / 1e6
+        return [Ran(dense.what, "linear", f"{forced}; the weight, {size:.3g} MB, is kept in inference")]
     (before, after), why = padding_copies(layer.plan), "the width does not fit the structure"
     copies = [[Ran(what, "copy", why) for what in ends] for ends in (before, after)]
-    return Explanation([*copies[0], *_multiplied(layer, tokens), *copies[1]])
+    return [*copies[0], *_multiplied(layer, tokens, backend, forced), *copies[1]]
 
 
 def padding_copies(plan: Plan) -> tuple[list[str], list[str]]:
@@ -63,26 +84,25 @@ def padding_copies(plan: Plan) -> tuple[list[str], list[str]]:
     return before, after
 
 
-def _multiplied(layer: StructuredLinear, tokens: int) -> Explanation:
-    forced = f"backend={layer.backend!r} was asked for"
-    if layer.backend in ("reference", "copy"):
-        runs = {"reference": "einsum", "copy": "copies and bmm"}[layer.backend]
+def _multiplied(layer: StructuredLinear, tokens: int, backend: str, forced: str) -> list[Ran]:
+    if backend in ("reference", "copy"):
+        runs = {"reference": "einsum", "copy": "copies and bmm"}[backend]
         equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
-        return Explanation([Ran(equation, runs, forced) for equation in equations])
+        return [Ran(equation, runs, forced) for equation in equations]
     if not layer._program.in_place:
         equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
         why = "a factor is stored in an order that no GEMM reads in place"
-        return Explanation([Ran(equation, "copies where needed, and bmm", why) for equation in equations])
-    return _lowered(layer, tokens)
+        return [Ran(equation, "copies where needed, and bmm", why) for equation in equations]
+    return _lowered(layer, tokens, backend == "triton")
 
 
-def _lowered(layer: StructuredLinear, tokens: int) -> Explanation:
+def _lowered(layer: StructuredLinear, tokens: int, kernels: bool) -> list[Ran]:
     factor = next(layer.parameters())
-    sequences = schedule(layer._program.text, tokens, tensor_memory(factor.device, factor.dtype))
-    rows = Explanation()
+    sequences = schedule(layer._program.text, tokens, kernels_on(factor.device, factor.dtype, kernels))
+    rows: list[Ran] = []
     for chain, sequence in zip(layer._program.chains, sequences, strict=True):
         if sequence.before is not None:
-            rows.append(_copy(sequence.before, factor.device, "the first step cannot read the input in place"))
+            rows.append(_copy(sequence.before, "the first step cannot read the input in place"))
         for stage, step in zip(chain.stages, sequence.steps, strict=True):
             if isinstance(step.forward, Blocks):
                 rows.append(Ran(stage.equation, "block-sparse kernel", "reads its blocks by the table"))
@@ -92,7 +112,7 @@ def _lowered(layer: StructuredLinear, tokens: int) -> Explanation:
             else:
                 rows.append(Ran(stage.equation, _size(step.forward), "every role is one stride: in place"))
                 if step.after is not None:
-                    rows.append(_copy(step.after, factor.device, "no order serves both sides"))
+                    rows.append(_copy(step.after, "no order serves both sides"))
     return rows
 
 
@@ -102,9 +122,8 @@ def _size(gemm: Multiply) -> str:
     return f"{f'bmm of {group[0]}' if group else 'mm'} {m}x{n}x{k}"
 
 
-def _copy(relayout: Move, device: torch.device, why: str) -> Ran:
+def _copy(relayout: Move, why: str) -> Ran:
     if not isinstance(relayout, Relayout):
         what = "look up blocks of the input" if isinstance(relayout, Gather) else "add up blocks of the output"
         return Ran(what, "copy", "the structure is block-sparse")
-    kernel = relayout.swap is not None and device.type == "cuda" and has_triton()
-    return Ran("reorder the axes", "exchange kernel" if kernel else "copy", why)
+    return Ran("reorder the axes", "exchange kernel" if relayout.kernel else "copy", why)

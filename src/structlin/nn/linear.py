@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import analysis
-from ..ops import BACKENDS, compose, multiply
+from ..ops import BACKENDS, backends_on, choice, compose, dense, multiply
+from ..ops.chain import check_dtype
+from ..ops.contract import autocast_dtype
 from ..ops.lowering import Program, literal, lower
 from ..padding import described
 from ..plan import Plan
@@ -36,20 +38,22 @@ class StructuredLinear(nn.Module):
         bias: whether to add a learnable bias of shape (out_features,), zero at first (but for init="reference").
         device: of the parameters; "meta" allocates nothing.
         dtype: of the parameters, any float or complex type.
-        backend: what runs the layer, one of `structlin.ops.BACKENDS`; "auto" follows the environment variable
-            STRUCTLIN_BACKEND where that is set. May be set at any time: ``layer.backend = "copy"``.
+        backend: what runs the layer, one of `structlin.ops.BACKENDS`, described in docs/backends.md; "auto" follows
+            the environment variable STRUCTLIN_BACKEND where that is set, and else takes what is fastest. May be set at
+            any time: ``layer.backend = "copy"``.
         init: how `reset_parameters` draws the factors: "spectral", "variance_matched", "reference" or "orthogonal",
             see `structlin.nn.init`.
         zero_last: whether the last factor of each term and the bias start at zero, for the output of a residual branch.
         recompute: whether the backward pass computes the layer's intermediates again instead of keeping them, which
-            saves memory and costs about a sixth more time. May be set at any time. Backends "auto" and "bmm" only.
+            saves memory and costs about a sixth more time. May be set at any time. Backends "bmm" and
+            "triton", also where "auto" takes them.
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
     The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation.
 
     Raises:
-        ValueError: when the shape does not fit the structure, or an input the layer.
+        ValueError: when the shape does not fit the structure, or an input the layer, or the backend the device.
     """
 
     spec: Spec
@@ -99,8 +103,9 @@ class StructuredLinear(nn.Module):
         self._backend = name
         self._weight: tuple[object, Tensor] | None = None
         # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
-        self._step_backend = "bmm" if name in ("auto", "dense") else name
+        self._step_backend = "bmm" if name in ("auto", "dense", "triton") else name
         self._program: Program = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
+        self._runs = choice.name(self._program, self.plan.kept)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -122,12 +127,16 @@ class StructuredLinear(nn.Module):
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
             )
+        tokens = x.reshape(-1, self.in_features)
+        backend = self._choose(tokens) if self._dense is None else ""
         if self._dense is not None:
             y = F.linear(x, getattr(self, self._dense), self.bias)
-        elif self._backend == "dense":
-            y = F.linear(x, self._dense_weight(), self.bias)
+        elif backend == "dense":
+            weight = self._dense_weight()
+            check_dtype(autocast_dtype(x), autocast_dtype(weight))
+            y = F.linear(x, weight, self.bias)
         else:
-            y = self._multiply(x.reshape(-1, self.in_features))
+            y = self._multiply(tokens, backend)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
             # contiguous, as that of nn.Linear is, where padding was cut off
@@ -135,13 +144,28 @@ class StructuredLinear(nn.Module):
         guide = self._modules.get("guide")
         return y if guide is None else guide(x, y, self.bias)
 
-    def _multiply(self, tokens: Tensor) -> Tensor:
+    def _choose(self, tokens: Tensor) -> str:
+        """The backend for this input; never "auto"."""
+        if self._backend == "auto":
+            # without gradients a layer in training is run as with them: activation checkpoints do both
+            training = self.training or (
+                torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in self.parameters()))
+            )
+            return choice.choose(self._runs, tokens, training)
+        if self._backend == "triton" and "triton" not in (allowed := backends_on(tokens.device)):
+            raise ValueError(
+                f"backend='triton' runs on GPUs, with the package triton installed, and the input is on "
+                f"{tokens.device}; allowed there: {', '.join(allowed)}"
+            )
+        return self._backend
+
+    def _multiply(self, tokens: Tensor, backend: str) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
         factors = [getattr(self, name) for name in self.plan.factors]
         if self._padding[1]:
             tokens = F.pad(tokens, (0, self._padding[1]))
         if self._step_backend == "bmm":
-            y = multiply(tokens, factors, self._program, not self.recompute)
+            y = multiply(tokens, factors, self._program, not self.recompute, backend == "triton")
         else:
             y = compose(tokens, factors, self._program, self._step_backend)
         return y[:, : self.out_features] if self._padding[0] else y
@@ -152,21 +176,22 @@ class StructuredLinear(nn.Module):
         return super().train(mode)
 
     def _materialize(self) -> Tensor:
-        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
-        eye = torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)
-        kind = factor.device.type
+        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        kind = factors[0].device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return self._multiply(eye).T.contiguous()
+            return dense.weight(self.plan, factors)
         with torch.autocast(kind, enabled=False):  # the weight is that of the factors as they are stored
-            return self._multiply(eye).T.contiguous()
+            return dense.weight(self.plan, factors)
 
     def _dense_weight(self) -> Tensor:
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
 
         A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
+        So backend "auto", which nobody asked to keep one, keeps it after ``eval`` only.
         """
+        chosen = self._backend == "auto" and self.training
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
+        if chosen or torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
             return self._materialize()
         key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
         if self._weight is None or self._weight[0] != key:
@@ -177,8 +202,8 @@ class StructuredLinear(nn.Module):
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same function, guide included, on the same device and in the same dtype.
 
-        Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
-        factors are multiplied in float32 and rounded once.
+        Its weight is that of the dense backend, the factors multiplied with each other. Half precision factors are
+        multiplied in float32 and rounded once.
         """
         factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
         device, dtype = factors[0].device, factors[0].dtype

@@ -77,13 +77,17 @@ def _check(a: Tensor, b: Tensor, equation: str, backend: str) -> None:
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` as autocast would hand it to ``nn.Linear``."""
+    dtype = autocast_dtype(x)
+    return x if dtype == x.dtype else x.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would hand ``x`` to ``nn.Linear``."""
     # float64 is exempt, as in autocast's own rule for nn.Linear
     kind = x.device.type
-    if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    if torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 @constant_when_traced  # asked while tracing, where dynamo has entered the transform as well

@@ -41,8 +41,11 @@ class Stage:
 @dataclass(frozen=True)
 class Chain:
     """What runs for one term: look up blocks of the input by the table ``gather``, split the features into ``view``, go
-    through ``stages``, reorder the axes, add up blocks by the table ``collect``."""
+    through ``stages``, reorder the axes, add up blocks by the table ``collect``. ``x`` and ``y`` are the axes of both
+    ends in the order of the features."""
 
+    x: Axes
+    y: Axes
     view: tuple[int, ...]
     stages: tuple[Stage, ...]
     relayout: Permutation | None
@@ -77,6 +80,17 @@ def lower(plan: Plan) -> Program:
 def literal(plan: Plan) -> Program:
     """The program of ``plan`` as it is written, for backends that bring operands into order themselves."""
     return program(_text(plan, [[step.equation for step in term.steps] for term in plan.terms]))
+
+
+def plan_of(what: Program, kept: tuple[int, int] | None = None) -> Plan:
+    """The plan that a program runs, its factors named in order w1, w2, ...; ``kept`` as in `Plan`."""
+    terms: list[Term] = []
+    for chain in what.chains:
+        weights = tuple(parse(stage.equation)[1] for stage in chain.stages)
+        first = 1 + sum(len(term.weights) for term in terms)
+        names = tuple(f"w{i}" for i in range(first, first + len(weights)))
+        terms.append(Term(chain.x, weights, chain.y, names, chain.gather, chain.collect))
+    return Plan(tuple(terms), tuple(what.sizes.items()), kept)
 
 
 @cache
@@ -127,7 +141,8 @@ def _read(parts: list[str], sizes: dict[str, int]) -> Chain:
     # every part is an order of axes or an equation; the first says how the input is read, the last how the output is
     stages: list[Stage] = []
     have = tuple(parts[0].split()) if "->" not in parts[0] else parse(parts[0])[0]
-    view = tuple(sizes[axis] for axis in have[1:])
+    start = have[1:]
+    view = tuple(sizes[axis] for axis in start)
     for part in parts:
         if "->" in part:
             x, _, y = parse(part)
@@ -136,7 +151,7 @@ def _read(parts: list[str], sizes: dict[str, int]) -> Chain:
     end = have if "->" in parts[-1] else tuple(parts[-1].split())
     ends = prod(view), prod(sizes[axis] for axis in end[1:])
     widths = (_width(size, table) for size, table in zip(ends, (gather, collect), strict=True))
-    return Chain(view, tuple(stages), _permutation(have, end), gather, collect, *widths)
+    return Chain(start, end[1:], view, tuple(stages), _permutation(have, end), gather, collect, *widths)
 
 
 def _width(size: int, table: Table | None) -> int:

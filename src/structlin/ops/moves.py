@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,24 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def tensor_memory(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels for the tensor memory accelerator run: Triton, half precision, compute capability 9 or more."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_hopper(device)
+class Kernels(NamedTuple):
+    """Which kernels of ours run: the copy that exchanges axes, and those for the tensor memory accelerator."""
+
+    exchange: bool
+    tensor_memory: bool
+
+
+def kernels_on(device: torch.device, dtype: torch.dtype, wanted: bool = True) -> Kernels:
+    """What runs there if ``wanted``: with Triton on a GPU the copy; the others in half precision, from compute
+    capability 9 on."""
+    if not wanted or device.type != "cuda" or not has_triton():
+        return Kernels(False, False)
+    return Kernels(True, dtype in (torch.bfloat16, torch.float16) and _is_hopper(device))
 
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return has_triton() and torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @dataclass(frozen=True)
@@ -37,20 +47,22 @@ class Relayout:
     """A permutation of the axes of a contiguous tensor whose first axis is that of the tokens.
 
     ``swap`` is (a, b, r) where the result is [.., b, a, r] for an input [.., a, b, r], or, with ``tokens_last``,
-    [b, a, r, t] for an input [t, a, b, r].
+    [b, a, r, t] for an input [t, a, b, r]. ``kernel`` says whether a kernel of ours makes the copy.
     """
 
     shape: tuple[int, ...]
     permutation: Permutation
     swap: tuple[int, int, int] | None
     tokens_last: bool
+    kernel: bool
 
     def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Copy, or add the copy to ``into``."""
         shape = [self.shape[i] for i in self.permutation]
-        if self.swap is not None and not self.tokens_last and x.is_cuda and has_triton():
+        if self.kernel:
             from ..kernels.relayout import exchange
 
+            assert self.swap is not None
             result = x.new_empty(shape) if into is None else into
             exchange(x, result, *self.swap, add=into is not None)
             return result
@@ -58,8 +70,8 @@ class Relayout:
         return permuted.contiguous() if into is None else into.view(shape).add_(permuted)
 
 
-def relayout(shape: tuple[int, ...], permutation: Permutation) -> Relayout:
-    """The copy that reorders the axes of a tensor of ``shape``."""
+def relayout(shape: tuple[int, ...], permutation: Permutation, exchange: bool) -> Relayout:
+    """The copy that reorders the axes of a tensor of ``shape``, by our kernel if ``exchange`` and it can."""
     last = permutation[-1] == 0
     order = (0, *permutation[:-1]) if last else permutation
     moved = [i for i, j in enumerate(order) if i != j]
@@ -71,15 +83,18 @@ def relayout(shape: tuple[int, ...], permutation: Permutation) -> Relayout:
             swap = prod(shape[first:split]), prod(shape[split:end]), prod(shape[end:])
         if last and first != 1:
             swap = None
-    return Relayout(shape, permutation, swap, last)
+    return Relayout(shape, permutation, swap, last, exchange and swap is not None and not last)
 
 
-def both_ways(shape: tuple[int, ...], permutation: Permutation | None) -> tuple[Relayout | None, Relayout | None]:
+def both_ways(
+    shape: tuple[int, ...], permutation: Permutation | None, exchange: bool
+) -> tuple[Relayout | None, Relayout | None]:
     """The relayout that ends in ``shape``, and its inverse."""
     if permutation is None:
         return None, None
     inverse = tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
-    return relayout(tuple(shape[i] for i in inverse), permutation), relayout(shape, inverse)
+    before = tuple(shape[i] for i in inverse)
+    return relayout(before, permutation, exchange), relayout(shape, inverse, exchange)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .blocks import Blocks, blocks
 from .equation import parse
 from .gemm import plan_contiguous
 from .lowering import Chain, Stage, program
-from .moves import Move, Relayout, both_ways, has_triton, looked_up, relayout
+from .moves import Kernels, Move, Relayout, both_ways, has_triton, looked_up, relayout
 
 
 @dataclass(frozen=True)
@@ -127,32 +127,35 @@ class Steps:
 
 
 @lru_cache(maxsize=1024)
-def schedule(text: str, tokens: int, kernels: bool) -> tuple[Steps, ...]:
-    """Everything that the program ``text`` runs for ``tokens`` tokens, where `tensor_memory` says ``kernels`` run."""
+def schedule(text: str, tokens: int, kernels: Kernels) -> tuple[Steps, ...]:
+    """Everything that the program ``text`` runs for ``tokens`` tokens, with these ``kernels``."""
     what = program(text)
     sizes = {"t": tokens, **what.sizes}
     return tuple(_chain(chain, sizes, kernels) for chain in what.chains)
 
 
-def saved_widths(text: str, kernels: bool) -> list[int]:
+def saved_widths(text: str, kernels: Kernels) -> list[int]:
     """Elements per token of each tensor besides the input that the backward pass of a program needs."""
     what = program(text)
     widths: list[int] = []
     for chain in what.chains:
-        moved = chain.stages[0].relayout is not None or (chain.gather and not (kernels and blocks(chain, what.sizes)))
+        moved = chain.stages[0].relayout is not None or (
+            chain.gather and not (kernels.tensor_memory and blocks(chain, what.sizes))
+        )
         saved = chain.stages if moved else chain.stages[1:]
         widths += [prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved]
     return widths
 
 
-def _chain(chain: Chain, sizes: dict[str, int], kernels: bool) -> Steps:
-    sparse = blocks(chain, sizes) if kernels and sizes["t"] else None
+def _chain(chain: Chain, sizes: dict[str, int], kernels: Kernels) -> Steps:
+    sparse = blocks(chain, sizes) if kernels.tensor_memory and sizes["t"] else None
     if sparse is not None:
         return Steps(None, None, (Step(*sparse, None, None),))
     first, end = parse(chain.stages[0].equation)[0], parse(chain.stages[-1].equation)[2]
-    before, undo = both_ways(_shape(first, sizes), chain.stages[0].relayout)
+    before, undo = both_ways(_shape(first, sizes), chain.stages[0].relayout, kernels.exchange)
     written = _shape(end, sizes)
-    after, undo_after = both_ways(tuple(written[i] for i in chain.relayout or range(len(end))), chain.relayout)
+    ordered = tuple(written[i] for i in chain.relayout or range(len(end)))
+    after, undo_after = both_ways(ordered, chain.relayout, kernels.exchange)
     ends: list[Move | None] = [before, undo, after, undo_after]
     if chain.gather is not None:
         ends[:2] = looked_up(sizes["t"], chain.in_features, chain.gather, before, undo)
@@ -163,7 +166,7 @@ def _chain(chain: Chain, sizes: dict[str, int], kernels: bool) -> Steps:
 
 
 def _steps(
-    stages: tuple[Stage, ...], ends: tuple[Move | None, Move | None], sizes: dict[str, int], kernels: bool
+    stages: tuple[Stage, ...], ends: tuple[Move | None, Move | None], sizes: dict[str, int], kernels: Kernels
 ) -> tuple[Step, ...]:
     """The steps of a chain, with as many intermediates stored tokens last as that saves a copy for."""
     equations = [parse(stage.equation) for stage in stages]
@@ -184,7 +187,7 @@ def _planned(
     last: list[bool],
     ends: tuple[Move | None, Move | None],
     sizes: dict[str, int],
-    kernels: bool,
+    kernels: Kernels,
 ) -> tuple[Step, ...] | None:
     """The steps when these intermediates are stored tokens last; None if a step could not do so without a copy."""
     orders = [_last(equation[0]) if late else equation[0] for equation, late in zip(equations[1:], last, strict=True)]
@@ -207,7 +210,7 @@ def _planned(
 
 
 def _to(
-    a: Axes, b: Axes, native: Axes, target: Axes, sizes: dict[str, int], kernels: bool
+    a: Axes, b: Axes, native: Axes, target: Axes, sizes: dict[str, int], kernels: Kernels
 ) -> tuple[Gemm, Relayout | None] | None:
     """``a, b -> target``: in place, or in the native order and moved; None if that would need another copy."""
     gemm = _gemm(a, b, target, sizes)
@@ -216,8 +219,8 @@ def _to(
     gemm = _gemm(a, b, native, sizes)
     if gemm is None:
         return None
-    move = relayout(_shape(native, sizes), tuple(map(native.index, target)))
-    if move.tokens_last and not (kernels and store_fits(gemm, move)):
+    move = relayout(_shape(native, sizes), tuple(map(native.index, target)), kernels.exchange)
+    if move.tokens_last and not (kernels.tensor_memory and store_fits(gemm, move)):
         return None
     return gemm, move
 

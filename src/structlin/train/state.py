@@ -1,4 +1,5 @@
-"""A training run on disk: one safetensors file with weights and optimizer state, and the rest as JSON in its header.
+"""A training run on disk: one safetensors file with weights and optimizer state, and the rest as JSON in its header,
+the backends that were chosen included.
 
 One file replaced in one step is always whole, whenever the process dies; two files could disagree. Batches are a
 function of the step, so a run continues from here as if it had never stopped.
@@ -16,6 +17,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn, optim
 
+from ..ops.choice import choices, restore_choices
 from ..report import records
 
 
@@ -40,12 +42,16 @@ def save(path: Path, state: State, model: nn.Module, optimizer: optim.Optimizer,
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
-    header = {"state": json.dumps(dataclasses.asdict(state)), "environment": json.dumps(environment)}
+    header = {
+        "state": json.dumps(dataclasses.asdict(state)),
+        "environment": json.dumps(environment),
+        "choices": json.dumps(choices()),
+    }
     records.write_bytes(path, safetensors.torch.save(tensors, metadata=header))
 
 
 def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: dict[str, Any]) -> State:
-    """Put ``model`` and ``optimizer`` where `save` left them.
+    """Put ``model`` and ``optimizer`` where `save` left them, and go on with the backends that ran then.
 
     Raises:
         ValueError: when the file is damaged, of another model, or of another environment (versions, device), which
@@ -56,7 +62,7 @@ def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: 
         header = _header(data)
         tensors = safetensors.torch.load(data)
         state = State(**json.loads(header["state"]))
-        before = json.loads(header["environment"])
+        before, chosen = json.loads(header["environment"]), json.loads(header["choices"])
     except (KeyError, TypeError, ValueError, struct.error, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if before != environment:
@@ -70,6 +76,10 @@ def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: 
             moments.setdefault(int(index), {})[name] = value
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in model.state_dict().items()}:
         raise ValueError(f"{path} is of another model")
+    try:
+        restore_choices(chosen)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
     model.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return state

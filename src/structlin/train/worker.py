@@ -137,9 +137,12 @@ class Trainer:
         return data.batch(self.text, self.job.config.seed, step, self.preset.batch_size, self.preset.model.context)
 
     def warm_up(self) -> None:
-        """One pass without an update, so that libraries load and kernels compile outside of the timed steps."""
+        """One pass without an update, so that libraries load, kernels compile and backends are chosen outside of the
+        timed steps; what that takes of memory does not count."""
         self.loss(self.batch(0)).backward()
         self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def step(self) -> float:
         """One update; returns the loss before it. Only this is timed."""

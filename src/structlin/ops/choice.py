@@ -1,0 +1,261 @@
+"""Which backend `auto` runs: measured once for a layer, a dtype, a number of tokens and a device, then looked up.
+
+A choice comes from memory, else from disk, else it is measured, and where that is not possible it follows from the cost
+rule of `structlin.analysis.predicted_cost`. Nothing is measured while PyTorch traces or captures a graph, inside a
+backward pass, or in one of several processes, which have to agree. A CPU runs `bmm` unless it was told to measure, so
+that results there are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import analysis
+from ..machine import describe_device, versions
+from . import measure, store
+from .contract import autocast_dtype, seen_through
+from .equation import constant_when_traced
+from .lowering import Program, plan_of, program
+
+CANDIDATES = ("triton", "bmm", "dense")
+"""What `auto` chooses from."""
+
+MEASURED = ("cuda",)  # types of devices on which the first use of a layer measures
+ANY_NUMBER = 16384  # tokens, where compiled code takes any number of them
+MARGIN = 1.03  # dense has to be faster by this much: it needs memory for its weight
+
+
+class Key(NamedTuple):
+    """What a choice depends on. ``runs`` is what `name` returns, ``tokens`` a power of two."""
+
+    runs: str
+    dtype: torch.dtype
+    tokens: int
+    device: torch.device
+    training: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend to launch from Python (``eager``), the one inside a CUDA graph or compiled code (``graph``), and why.
+
+    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, or predicted costs in bytes.
+    """
+
+    eager: str
+    graph: str
+    why: str
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, given: Any) -> Choice:
+        """Read what ``dataclasses.asdict`` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        if (
+            not isinstance(given, dict)
+            or given.keys() != names
+            or not {given["eager"], given["graph"]} <= {*CANDIDATES}
+        ):
+            raise ValueError(f"{given!r} is no choice; one has {', '.join(sorted(names))}, of {', '.join(CANDIDATES)}")
+        return cls(**given)
+
+    def __str__(self) -> str:
+        what = self.eager if self.eager == self.graph else f"{self.eager} from Python, {self.graph} in graphs"
+        if self.why == "rule" and not self.numbers:
+            return f"{what} (the default where nothing was measured)"
+        unit, form = ("ms", "{:.3f}") if self.why == "measured" else ("MB moved in the same time", "{:.1f}")
+        parts = [
+            f"{launch}: {', '.join(f'{name} {form.format(value)}' for name, value in found.items())} {unit}"
+            for launch, found in self.numbers.items()
+        ]
+        return f"{what} ({self.why}; {'; '.join(parts)})"
+
+
+_chosen: dict[Key, Choice] = {}
+_restored: dict[str, Choice] = {}
+
+
+def name(what: Program, kept: tuple[int, int] | None) -> str:
+    """A program and what its plan keeps of it, as one string."""
+    return what.text if kept is None else f"{what.text} | {kept[0]}x{kept[1]}"
+
+
+def choose(runs: str, x: Tensor, training: bool) -> str:
+    """The backend for ``x``, (tokens, in_features), in training or inference."""
+    if x.is_complex() or x.is_meta or seen_through():
+        return "bmm"
+    dtype = autocast_dtype(x)
+    if torch.compiler.is_compiling():
+        return _when_traced(runs, _known_number(x.shape[0]), dtype, x.device, training)
+    key = Key(runs, dtype, bucket(x.shape[0]), x.device, training)
+    found = _chosen.get(key) or _resolve(key)
+    return found.graph if x.is_cuda and torch.cuda.is_current_stream_capturing() else found.eager
+
+
+def bucket(tokens: int) -> int:
+    """The next power of two."""
+    return 1 << (max(tokens, 1) - 1).bit_length()
+
+
+def look(key: Key) -> Choice:
+    """What `auto` runs for ``key`` as far as is known without measuring."""
+    return _chosen.get(key) or _known(key) or rule(key)
+
+
+def settle(key: Key) -> Choice:
+    """The choice for ``key``, measured now if it is not known, on any device; kept in memory and on disk."""
+    found = _chosen.get(key)
+    if found is None or found.why == "rule":
+        found = _known(key) or _measured(key)
+    _chosen[key] = found
+    return found
+
+
+@lru_cache(maxsize=1024)
+def rule(key: Key) -> Choice:
+    """The choice where nothing can be measured; `bmm` on a CPU."""
+    subject = _subject(key)
+    ours = measure.structured(subject.what, key.dtype, key.tokens, key.device)[0]
+    if key.device.type not in MEASURED:
+        return Choice("bmm", "bmm", "rule")
+    plan = plan_of(subject.what, subject.kept)
+    cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training)
+    found = "dense" if cost.dense < cost.structured else ours
+    return Choice(found, found, "rule", {"rule": {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}})
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """The choices in use in this process, to be stored and given to `restore_choices`; JSON-ready.
+
+    The keys name the program, dtype, tokens (a power of two), device, training or inference, and versions.
+    """
+    used = {key: choice for key, choice in _chosen.items() if choice.why != "rule" or key.device.type not in MEASURED}
+    return {_portable(key): dataclasses.asdict(choice) for key, choice in used.items()}
+
+
+def restore_choices(given: dict[str, dict[str, Any]]) -> None:
+    """Use these choices from now on where they fit, instead of those of this machine; see `choices`.
+
+    Choices of other devices or versions never fit, and do no harm.
+
+    Raises:
+        ValueError: when ``given`` is not what `choices` returned; nothing is changed then.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{given!r} is given; allowed: what structlin.choices() returned")
+    _restored.update({key: Choice.from_dict(choice) for key, choice in given.items()})
+    for key in [key for key in _chosen if _portable(key) in given]:
+        del _chosen[key]
+
+
+def install(found: dict[Key, Choice]) -> None:
+    """Put choices in use that another process made for the same keys."""
+    _chosen.update(found)
+
+
+def forget() -> None:
+    """Drop all choices of this process; those on disk stay."""
+    _chosen.clear()
+    _restored.clear()
+    _on_disk.cache_clear()
+
+
+def distributed() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return torch.distributed.get_world_size() > 1
+
+
+@constant_when_traced
+def _when_traced(runs: str, tokens: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return look(Key(runs, dtype, bucket(tokens), device, training)).graph
+
+
+def _known_number(tokens: int) -> int:
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, and is there by now
+
+    return tokens if has_static_value(tokens) else ANY_NUMBER
+
+
+def _resolve(key: Key) -> Choice:
+    found = _known(key)
+    if _may_measure(key.device):
+        if found is None:
+            found = _measured(key)
+        elif found.eager != found.graph:
+            measure.warm_up(_subject(key), found.graph)  # a capture that comes later cannot
+        _chosen[key] = found
+    elif key.device.type not in MEASURED:
+        _chosen[key] = found = found or rule(key)
+    return found or rule(key)
+
+
+def _may_measure(device: torch.device) -> bool:
+    if device.type not in MEASURED or distributed() or torch.compiler.is_compiling():
+        return False
+    # the thread that measures would wait for the backward pass that waits for it
+    in_backward: bool = torch._C._current_graph_task_id() != -1
+    return not in_backward and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _measured(key: Key) -> Choice:
+    times = measure.times(_subject(key))
+    if not times["eager"] or not times["graph"]:
+        return rule(key)  # nothing fits into memory beside what is there
+    found = Choice(_fastest(times["eager"]), _fastest(times["graph"]), "measured", times)
+    store.save(_portable(key), dataclasses.asdict(found))
+    return found
+
+
+def _fastest(times: dict[str, float]) -> str:
+    return min(times, key=lambda backend: times[backend] * (MARGIN if backend == "dense" else 1))
+
+
+def _known(key: Key) -> Choice | None:
+    """What was restored or is on disk; of several processes each might find something else there."""
+    return _restored.get(_portable(key)) or (None if distributed() else _on_disk(_portable(key)))
+
+
+@cache
+def _on_disk(key: str) -> Choice | None:
+    try:
+        return Choice.from_dict(store.load(key))
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _portable(key: Key) -> str:
+    """The key as text, with the name of the device and the versions that times depend on."""
+    where, found = describe_device(key.device), versions()
+    device = where["name"] if key.device.type == "cuda" else f"{where['name']}, {where['threads']} threads"
+    fields = {
+        "program": key.runs,
+        "dtype": str(key.dtype).removeprefix("torch."),
+        "tokens": key.tokens,
+        "device": device,
+        "training": key.training,
+        "versions": {name: found.get(name) for name in ("structlin", "torch", "triton")},
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def _subject(key: Key) -> measure.Subject:
+    text, _, kept = key.runs.partition(" | ")
+    rows, _, columns = kept.partition("x")
+    cut = (int(rows), int(columns)) if kept else None
+    return measure.Subject(program(text), cut, key.dtype, key.tokens, key.device, key.training)
