@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_compare(commands)
     add_bench(commands)
     add_describe(commands)
+    add_tune(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
@@ -117,6 +118,51 @@ def add_describe(commands: Any) -> None:
     add("--tokens", type=_whole, default=1024, metavar="N", help="rows of the input, for the bytes; default: 1024")
     add("--dtype", default="bfloat16", metavar="NAME", help="of inputs and weights, for the bytes; default: bfloat16")
     add("--png", metavar="FILE.png", help="draw the magnitudes of a random member, so that its pattern shows")
+
+
+def add_tune(commands: Any) -> None:
+    """Declare ``structlin tune``."""
+    parser = commands.add_parser(
+        "tune",
+        help="choose backends ahead of time: measure layers here and remember what is fastest",
+        description="Measure the backends that auto chooses from, for structures at shapes, and keep the fastest in "
+        "STRUCTLIN_CACHE_DIR (default: ~/.cache/structlin). Prints milliseconds from Python / in a graph.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=tune)
+    add = parser.add_argument
+    add("problems", nargs="+", metavar="SPEC@OUTxIN", help="a structure at a shape, as in monarch:nblocks=4@3072x768")
+    add("--tokens", type=_whole, metavar="N", help="rows of the input; default: 16384 on a GPU, 256 on a CPU")
+    add("--inference", action="store_true", help="choose for the forward pass alone; default: forward and backward")
+    add("--dtype", metavar="NAME", help="of inputs and weights; default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is a GPU, else cpu")
+
+
+def tune(options: argparse.Namespace, command: str) -> int:
+    """``structlin tune``: see `add_tune`."""
+    import torch
+
+    from .bench.problems import Problem
+    from .bench.settings import DTYPES, configure
+    from .nn import StructuredLinear
+    from .nn import tune as run
+
+    try:
+        # the same options with the same defaults as structlin bench
+        settings = configure(
+            problem=options.problems, tokens=options.tokens, dtype=options.dtype, device=options.device
+        )
+        layers: list[StructuredLinear] = []
+        for problem in settings.problems:
+            if not isinstance(problem, Problem):
+                raise ValueError(f"{problem}: a block is given; allowed: SPEC@OUTxIN, as in monarch:nblocks=4@3072x768")
+            shape = problem.in_features, problem.out_features
+            where = {"device": torch.device(settings.device), "dtype": DTYPES[settings.dtype]}
+            layers.append(StructuredLinear(*shape, problem.spec, bias=False, **where))
+    except ValueError as error:
+        return _fail(str(error), 2, "tune")
+    print(run(layers, settings.tokens, not options.inference))
+    return 0
 
 
 def describe(options: argparse.Namespace, command: str) -> int:

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backends",
         metavar="LIST",
-        help=f"comma separated, of {', '.join(NAMES)}; linear always runs; default: all that run there, without compiled on a CPU",
+        help=f"comma separated, of {', '.join(NAMES)}; linear always runs; default: all that run there, without "
+        "compiled on a CPU",
     )
     add("--repeats", type=_whole, default=10, metavar="N", help="samples of each time; default: 10")
     add("--seed", type=_whole, default=0, metavar="N", help="of weights and inputs; default: 0")

@@ -187,14 +187,18 @@ class StructuredLinear(nn.Module):
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
 
         A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
-        So backend "auto", which nobody asked to keep one, keeps it after ``eval`` only.
+        So backend "auto", which nobody asked to keep one, keeps it after ``eval`` only, and uses none in a CUDA graph.
         """
-        chosen = self._backend == "auto" and self.training
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
-        if chosen or torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
+            return self._materialize()
+        captured = choice.capturing(stored[0].device)
+        if self._backend == "auto" and (self.training or captured):
             return self._materialize()
         key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
         if self._weight is None or self._weight[0] != key:
+            if captured:
+                return self._materialize()  # it is not there before the graph is replayed
             self._weight = key, self._materialize()
         return self._weight[1]
 

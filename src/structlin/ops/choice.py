@@ -46,7 +46,7 @@ class Key(NamedTuple):
 class Choice:
     """The backend to launch from Python (``eager``), the one inside a CUDA graph or compiled code (``graph``), and why.
 
-    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, or predicted costs in bytes.
+    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, or predicted costs in MB.
     """
 
     eager: str
@@ -75,8 +75,9 @@ class Choice:
         if self.why == "rule" and not self.numbers:
             return f"{what} (the default where nothing was measured)"
         unit, form = ("ms", "{:.3f}") if self.why == "measured" else ("MB moved in the same time", "{:.1f}")
+        launches = {"eager": "from Python", "graph": "in graphs"}
         parts = [
-            f"{launch}: {', '.join(f'{name} {form.format(value)}' for name, value in found.items())} {unit}"
+            f"{launches[launch]} {', '.join(f'{name} {form.format(value)}' for name, value in found.items())} {unit}"
             for launch, found in self.numbers.items()
         ]
         return f"{what} ({self.why}; {'; '.join(parts)})"
@@ -100,7 +101,12 @@ def choose(runs: str, x: Tensor, training: bool) -> str:
         return _when_traced(runs, _known_number(x.shape[0]), dtype, x.device, training)
     key = Key(runs, dtype, bucket(x.shape[0]), x.device, training)
     found = _chosen.get(key) or _resolve(key)
-    return found.graph if x.is_cuda and torch.cuda.is_current_stream_capturing() else found.eager
+    return found.graph if capturing(x.device) else found.eager
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what runs now is captured as a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def bucket(tokens: int) -> int:
@@ -130,9 +136,11 @@ def rule(key: Key) -> Choice:
     if key.device.type not in MEASURED:
         return Choice("bmm", "bmm", "rule")
     plan = plan_of(subject.what, subject.kept)
-    cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training)
-    found = "dense" if cost.dense < cost.structured else ours
-    return Choice(found, found, "rule", {"rule": {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}})
+    numbers: dict[str, dict[str, float]] = {}
+    for launch, keep in (("eager", not key.training), ("graph", False)):
+        cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep)
+        numbers[launch] = {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}
+    return Choice(_fastest(numbers["eager"]), _fastest(numbers["graph"]), "rule", numbers)
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -209,7 +217,7 @@ def _may_measure(device: torch.device) -> bool:
         return False
     # the thread that measures would wait for the backward pass that waits for it
     in_backward: bool = torch._C._current_graph_task_id() != -1
-    return not in_backward and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return not in_backward and not capturing(device)
 
 
 def _measured(key: Key) -> Choice:

@@ -2,7 +2,8 @@
 
 Two times are taken. ``eager``: launched from Python, as the next line of a script would see it. ``graph``: on the
 device alone, with the launches queued ahead, as in the replay of a CUDA graph. They differ where launching takes longer
-than the work, and so may the winner.
+than the work, and so may the winner. In inference the first also finds a dense weight that was kept; a graph or
+compiled code multiplies it out each time, since the factors may have changed.
 
 Everything runs in a thread of its own, which has none of the caller's state: no autocast, no gradient mode, no hooks on
 saved tensors, no transform.
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,10 +64,13 @@ def times(subject: Subject) -> Times:
     """Median milliseconds of every candidate that did not run out of memory."""
 
     def body() -> Times:
-        runs = _warmed_up(subject)
-        eager = _medians(runs, subject.device, {})
-        # queued behind twice the time that launching can take
-        graph = _medians(runs, subject.device, {name: min(0.05, 2e-3 * ms + 2e-4) for name, ms in eager.items()})
+        try:
+            operands = _Operands(subject)
+        except torch.OutOfMemoryError:
+            return {"eager": {}, "graph": {}}
+        eager = _medians(operands, not subject.training, 0.0)
+        # queued behind twice the time that launching can take; what is compiled or captured may not keep a weight
+        graph = _medians(operands, False, min(0.05, 2e-3 * max(eager.values(), default=0.0) + 1e-3))
         return {"eager": eager, "graph": graph}
 
     return _apart(subject.device, body)
@@ -73,7 +78,7 @@ def times(subject: Subject) -> Times:
 
 def warm_up(subject: Subject, backend: str) -> None:
     """Run one candidate once, so that its kernels are compiled and its tables are on the device."""
-    _apart(subject.device, lambda: _candidate(subject, backend)())
+    _apart(subject.device, lambda: _Operands(subject).run(backend, False)())
 
 
 def seconds(run: Run, device: torch.device, ahead: float) -> float:
@@ -106,56 +111,53 @@ def _apart(device: torch.device, body: Callable[[], Result]) -> Result:
         return pool.submit(run).result()
 
 
-def _warmed_up(subject: Subject) -> dict[str, Run]:
-    names = (*structured(subject.what, subject.dtype, subject.tokens, subject.device), "dense")
+def _medians(operands: _Operands, keep: bool, ahead: float) -> dict[str, float]:
+    subject = operands.subject
     runs: dict[str, Run] = {}
-    for name in names:
-        try:
-            run = _candidate(subject, name)
+    samples: dict[str, list[float]] = {}
+    for name in (*structured(subject.what, subject.dtype, subject.tokens, subject.device), "dense"):
+        with suppress(torch.OutOfMemoryError):  # whoever runs out of memory loses
+            run = operands.run(name, keep)
             for _ in range(WARMUP):
                 run()
-            runs[name] = run
-        except torch.OutOfMemoryError:
-            continue  # it loses
-    return runs
-
-
-def _medians(runs: dict[str, Run], device: torch.device, ahead: dict[str, float]) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+            runs[name], samples[name] = run, []
     for _ in range(SAMPLES):
-        for name, run in runs.items():
+        for name in list(samples):
             try:
-                if name in samples:
-                    samples[name].append(seconds(run, device, ahead.get(name, 0.0)))
+                samples[name].append(seconds(runs[name], subject.device, ahead))
             except torch.OutOfMemoryError:
                 del samples[name]
     return {name: 1e3 * statistics.median(taken) for name, taken in samples.items()}
 
 
-def _candidate(subject: Subject, backend: str) -> Run:
-    """One call of the layer by ``backend``: forward, or in training forward and all gradients, which are dropped."""
-    what, training = subject.what, subject.training
-    plan = plan_of(what, subject.kept)
-    generator = torch.Generator(subject.device).manual_seed(0)  # the caller's random state stays as it is
+class _Operands:
+    """Random input, factors and gradient of the output of a layer, drawn without touching the caller's random state."""
 
-    def random(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, device=subject.device, dtype=subject.dtype)
-        return drawn.requires_grad_(training)
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.plan = subject, plan_of(subject.what, subject.kept)
+        generator = torch.Generator(subject.device).manual_seed(0)
 
-    x, factors = random(subject.tokens, plan.in_features), [random(*shape) for shape in plan.shapes.values()]
-    kept = dense.weight(plan, factors) if backend == "dense" and not training else None
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=subject.device, dtype=subject.dtype)
 
-    def forward() -> Tensor:
+        self.x = random(subject.tokens, self.plan.in_features).requires_grad_(subject.training)
+        self.factors = [random(*shape).requires_grad_(subject.training) for shape in self.plan.shapes.values()]
+        self.dy = random(subject.tokens, self.plan.out_features) if subject.training else None
+
+    def run(self, backend: str, keep: bool) -> Run:
+        """One call by ``backend``, forward, or in training forward and all gradients, which are dropped; with ``keep``
+        a dense weight is multiplied out beforehand."""
+        kept = dense.weight(self.plan, self.factors) if backend == "dense" and keep else None
+
+        def step() -> object:
+            y = self._forward(backend, kept)
+            return y if self.dy is None else torch.autograd.grad(y, (self.x, *self.factors), self.dy)
+
+        return step
+
+    def _forward(self, backend: str, kept: Tensor | None) -> Tensor:
         if backend == "dense":
-            return F.linear(x, dense.weight(plan, factors) if kept is None else kept)
-        padded = F.pad(x, (0, plan.padded[1] - plan.in_features)) if plan.kept else x
-        y = multiply(padded, factors, what, kernels=backend == "triton")
-        return y[:, : plan.out_features].contiguous()
-
-    dy = random(subject.tokens, plan.out_features).detach()
-
-    def step() -> object:
-        y = forward()
-        return torch.autograd.grad(y, (x, *factors), dy) if training else y
-
-    return step
+            return F.linear(self.x, dense.weight(self.plan, self.factors) if kept is None else kept)
+        padded = F.pad(self.x, (0, self.plan.padded[1] - self.plan.in_features)) if self.plan.kept else self.x
+        y = multiply(padded, self.factors, self.subject.what, kernels=backend == "triton")
+        return y[:, : self.plan.out_features].contiguous()
