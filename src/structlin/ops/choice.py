@@ -22,7 +22,7 @@ from ..machine import describe_device, versions
 from . import measure, store
 from .contract import autocast_dtype, seen_through
 from .equation import constant_when_traced
-from .lowering import Program, plan_of, program
+from .lowering import Program, copied, plan_of, program
 
 CANDIDATES = ("triton", "bmm", "dense")
 """What `auto` chooses from."""
@@ -138,7 +138,7 @@ def rule(key: Key) -> Choice:
     plan = plan_of(subject.what, subject.kept)
     numbers: dict[str, dict[str, float]] = {}
     for launch, keep in (("eager", not key.training), ("graph", False)):
-        cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep)
+        cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep, copied(subject.what))
         numbers[launch] = {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}
     return Choice(_fastest(numbers["eager"]), _fastest(numbers["graph"]), "rule", numbers)
 
