@@ -277,3 +277,36 @@ def test_an_interrupt_and_a_kill_leave_no_process_and_a_run_that_goes_on(prose: 
         else:
             assert error == ""
     assert step() > before == 100  # so the second run went on from the first
+
+
+def test_tune_measures_and_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STRUCTLIN_CACHE_DIR", str(tmp_path))
+    asked = ["tune", "monarch:nblocks=2@24x16", "dyad:nblocks=4@16x16", "--tokens", "5", "--device", "cpu"]
+    assert cli.main([*asked, "--inference"]) == 0
+    table = capsys.readouterr().out
+    assert [line.split()[:4] for line in table.splitlines()[1:]] == [
+        ["monarch:nblocks=2@24x16", "8", "float32", "inference"], ["dyad:nblocks=4@16x16", "8", "float32", "inference"]
+    ]  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == 2
+    assert cli.main([*asked, "--inference"]) == 0
+    assert capsys.readouterr().out == table
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["monarch:nblocks=2@24"], "--problem: 'monarch:nblocks=2@24' is not of the form SPEC@OUTxIN"),
+        (["block monarch:nblocks=2@64x16"], "a block is given; allowed: SPEC@OUTxIN"),
+        (["dyad@16x16", "--tokens", "0"], "--tokens: 0 is given"),
+        (["dyad@16x16", "--device", "tpu"], "--device: 'tpu' is unknown"),
+        (["dyad@16x16", "--dtype", "int8"], "--dtype: 'int8' is unknown"),
+    ],
+)
+def test_tune_refuses_in_one_line(options: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("structlin tune: error: ")
+    assert problem in said
+    assert said.count("\n") == 1

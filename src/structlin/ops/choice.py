@@ -94,7 +94,7 @@ def name(what: Program, kept: tuple[int, int] | None) -> str:
 
 def choose(runs: str, x: Tensor, training: bool) -> str:
     """The backend for ``x``, (tokens, in_features), in training or inference."""
-    if x.is_complex() or x.is_meta or seen_through():
+    if x.is_complex() or x.device.type == "meta" or seen_through():
         return "bmm"
     dtype = autocast_dtype(x)
     if torch.compiler.is_compiling():

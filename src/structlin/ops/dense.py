@@ -63,7 +63,7 @@ def _on_diagonals(plan: Plan, core: Tensor, have: Axes, y: Axes, x: Axes) -> Ten
     shared = [axis for axis in y if axis in x]
     order = [axis for axis in y + x if axis not in shared] + shared[::-1]
     missing = [axis for axis in order if axis not in have]
-    core = core.reshape(*core.shape, *([1] * len(missing))).expand(*core.shape, *plan.shape(missing))
+    core = core.reshape((*core.shape, *([1] * len(missing)))).expand((*core.shape, *plan.shape(missing)))
     present = [*have, *missing]
     core = core.permute([present.index(axis) for axis in order])
     ends = [("y", axis) for axis in y] + [("x", axis) for axis in x]
