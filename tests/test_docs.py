@@ -42,6 +42,15 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "autoencoder" / "structures.json").exists()
 
 
+def test_backends_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STRUCTLIN_CACHE_DIR", str(tmp_path))
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "backends.md"))
+    exec(compile(code, "backends.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "".join(code for _, code in blocks(ROOT / "docs" / "training.md"))

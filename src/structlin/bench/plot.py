@@ -18,8 +18,9 @@ COLOURS = {
     "reference": "#56b4e9",
     "bmm": "#0072b2",
     "copy": "#d55e00",
+    "triton": "#009e73",
 }
-SPARE = ("#009e73", "#7a4fbf", "#8c564b")
+SPARE = ("#7a4fbf", "#8c564b", "#b8b800")
 MARKERS = "os^DvPX*<>"
 Points = dict[str, dict[str, float]]
 """Contender -> problem -> speed-up."""
