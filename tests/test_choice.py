@@ -460,10 +460,32 @@ def test_choices_can_be_kept_and_restored(clock, monkeypatch):
     sl.restore_choices(kept)
     assert ran_by(layer, x, monkeypatch) == "dense"
     assert sl.choices() == kept
-    for wrong in ([], {"key": {"eager": "dense"}}, {"key": {**next(iter(kept.values())), "graph": "cublas"}}, {"a": 1}):
+    for wrong in (
+        [],
+        {"key": {"eager": "dense"}},
+        {"key": {**next(iter(kept.values())), "graph": "cublas"}},
+        {"a": 1},
+        {"key": {**next(iter(kept.values())), "numbers": {"eager": 3}}},
+    ):
         with pytest.raises(ValueError, match=r"no choice|allowed: what"):
             sl.restore_choices(wrong)
     assert sl.choices() == kept
+
+
+def test_what_a_rule_chose_is_kept_too(no_clock, monkeypatch):
+    layer = layer_of()
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend="eager")(inputs(layer, 8))
+    monkeypatch.setattr(choice, "capturing", lambda device: True)
+    wanted = ran_by(layer, inputs(layer, 64), monkeypatch)
+    kept = sl.choices()
+    assert [found["why"] for found in kept.values()] == ["rule"] * 2
+    for key in kept:  # meanwhile somebody measured
+        store.save(key, {"eager": "bmm", "graph": "bmm", "why": "measured", "numbers": {}})
+    choice.forget()
+    assert ran_by(layer, inputs(layer, 64), monkeypatch) == "bmm" != wanted
+    sl.restore_choices(kept)
+    assert ran_by(layer, inputs(layer, 64), monkeypatch) == wanted
 
 
 def test_a_training_checkpoint_brings_its_choices_back(clock, monkeypatch, tmp_path):

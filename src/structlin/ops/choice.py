@@ -61,14 +61,14 @@ class Choice:
         Raises:
             ValueError: for anything else.
         """
-        names = {entry.name for entry in dataclasses.fields(cls)}
-        if (
-            not isinstance(given, dict)
-            or given.keys() != names
-            or not {given["eager"], given["graph"]} <= {*CANDIDATES}
-        ):
-            raise ValueError(f"{given!r} is no choice; one has {', '.join(sorted(names))}, of {', '.join(CANDIDATES)}")
-        return cls(**given)
+        names = [entry.name for entry in dataclasses.fields(cls)]
+        if isinstance(given, dict) and sorted(given) == sorted(names):
+            known = (
+                given["eager"] in CANDIDATES and given["graph"] in CANDIDATES and given["why"] in ("measured", "rule")
+            )
+            if known and _are_numbers(given["numbers"]):
+                return cls(**given)
+        raise ValueError(f"{given!r} is no choice; one has {', '.join(names)}, of {', '.join(CANDIDATES)}")
 
     def __str__(self) -> str:
         what = self.eager if self.eager == self.graph else f"{self.eager} from Python, {self.graph} in graphs"
@@ -83,7 +83,13 @@ class Choice:
         return f"{what} ({self.why}; {'; '.join(parts)})"
 
 
+def _are_numbers(given: Any) -> bool:
+    found = given.values() if isinstance(given, dict) and given.keys() <= {"eager", "graph"} else [None]
+    return all(isinstance(ms, dict) and all(isinstance(value, float) for value in ms.values()) for ms in found)
+
+
 _chosen: dict[Key, Choice] = {}
+_passing: dict[Key, Choice] = {}  # in use where nothing can be measured; a later call may still measure
 _restored: dict[str, Choice] = {}
 
 
@@ -148,8 +154,7 @@ def choices() -> dict[str, dict[str, Any]]:
 
     The keys name the program, dtype, tokens (a power of two), device, training or inference, and versions.
     """
-    used = {key: choice for key, choice in _chosen.items() if choice.why != "rule" or key.device.type not in MEASURED}
-    return {_portable(key): dataclasses.asdict(choice) for key, choice in used.items()}
+    return {_portable(key): dataclasses.asdict(choice) for key, choice in {**_passing, **_chosen}.items()}
 
 
 def restore_choices(given: dict[str, dict[str, Any]]) -> None:
@@ -163,8 +168,9 @@ def restore_choices(given: dict[str, dict[str, Any]]) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{given!r} is given; allowed: what structlin.choices() returned")
     _restored.update({key: Choice.from_dict(choice) for key, choice in given.items()})
-    for key in [key for key in _chosen if _portable(key) in given]:
-        del _chosen[key]
+    for used in (_chosen, _passing):
+        for key in [key for key in used if _portable(key) in given]:
+            del used[key]
 
 
 def install(found: dict[Key, Choice]) -> None:
@@ -175,6 +181,7 @@ def install(found: dict[Key, Choice]) -> None:
 def forget() -> None:
     """Drop all choices of this process; those on disk stay."""
     _chosen.clear()
+    _passing.clear()
     _restored.clear()
     _on_disk.cache_clear()
 
@@ -190,7 +197,9 @@ def distributed() -> bool:
 def _when_traced(runs: str, tokens: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return look(Key(runs, dtype, bucket(tokens), device, training)).graph
+    key = Key(runs, dtype, bucket(tokens), device, training)
+    _passing[key] = look(key)
+    return _passing[key].graph
 
 
 def _known_number(tokens: int) -> int:
@@ -207,9 +216,10 @@ def _resolve(key: Key) -> Choice:
         elif found.eager != found.graph:
             measure.warm_up(_subject(key), found.graph)  # a capture that comes later cannot
         _chosen[key] = found
-    elif key.device.type not in MEASURED:
-        _chosen[key] = found = found or rule(key)
-    return found or rule(key)
+        return found
+    found = found or rule(key)
+    (_passing if key.device.type in MEASURED else _chosen)[key] = found
+    return found
 
 
 def _may_measure(device: torch.device) -> bool:
@@ -250,7 +260,9 @@ def _on_disk(key: str) -> Choice | None:
 def _portable(key: Key) -> str:
     """The key as text, with the name of the device and the versions that times depend on."""
     where, found = describe_device(key.device), versions()
-    device = where["name"] if key.device.type == "cuda" else f"{where['name']}, {where['threads']} threads"
+    device = f"{key.device.type}: {where['name']}"
+    if key.device.type == "cpu":
+        device += f", {where['threads']} threads"
     fields = {
         "program": key.runs,
         "dtype": str(key.dtype).removeprefix("torch."),
