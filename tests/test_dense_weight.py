@@ -14,8 +14,10 @@ from structlin.testing import assert_close, examples, inputs, make, padded_examp
 FLY = sl.Pixelfly(block_size=2, butterfly_size=4, nfactors=2, rank=2)
 TABLE = ((0, 2), (1, 0), (2, 1))
 SIZES = (("i", 3), ("k", 4), ("m", 2), ("n", 5), ("s", 2))
-# rows that the output does not have, so that blocks add up; the slot in the output; a table at each end
+# rows not first in the output, or not in it, so that blocks add up; the slot in the output; a table at
+# each end
 TABLES = [
+    Plan((Term(("i", "s", "k"), (("i", "n", "s", "k"),), ("n", "i"), ("w",), TABLE),), SIZES[:2] + SIZES[3:]),
     Plan((Term(("i", "s", "k"), (("n", "i", "s", "k"),), ("n",), ("w",), TABLE),), SIZES[:2] + SIZES[3:]),
     Plan((Term(("i", "s", "k"), (("i", "n", "k"),), ("i", "s", "n"), ("w",), TABLE),), SIZES[:2] + SIZES[3:]),
     Plan((Term(("i", "s", "k"), (("i", "n", "k"),), ("i", "s", "n"), ("w",), TABLE, TABLE),), SIZES[:2] + SIZES[3:]),

@@ -129,7 +129,7 @@ def settle(key: Key) -> Choice:
     """The choice for ``key``, measured now if it is not known, on any device; kept in memory and on disk."""
     found = _chosen.get(key)
     if found is None or found.why == "rule":
-        found = _known(key) or _measured(key)
+        found = _restored.get(_portable(key)) or _on_disk(_portable(key)) or _measured(key)
     _chosen[key] = found
     return found
 
