@@ -1,6 +1,6 @@
 """Structured linear layers for PyTorch that make their saved FLOPs pay."""
 
-from . import analysis, spec, structures, testing
+from . import analysis, shrinkage, spec, structures, testing
 from .checkpoint import load, save
 from .nn import StructuredLinear, explain, project
 from .optim import param_groups
@@ -23,6 +23,7 @@ __all__ = [
     "project",
     "register",
     "save",
+    "shrinkage",
     "spec",
     "testing",
     "to_dense_",

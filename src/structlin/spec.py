@@ -19,6 +19,27 @@ STRUCTURES: dict[str, type[Spec]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
+class Boxcar:
+    """A trained mask on a factor: each component keeps one interval of its features, which may wrap around.
+
+    Attributes:
+        component: the dimension of the stored factor whose indices have an interval each.
+        feature: the dimension along which the intervals lie.
+        widths: of the intervals at first, one for each component, as fractions of all features.
+        locations: where they start at first, likewise.
+        sigma: standard deviation of the Gaussian that smooths the mask, in frequencies; None leaves its edges hard.
+        rounding: whether widths and locations are rounded to whole features; their gradients pass straight through.
+    """
+
+    component: int
+    feature: int
+    widths: tuple[float, ...]
+    locations: tuple[float, ...]
+    sigma: float | None = None
+    rounding: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """A family of structured matrices and its hyperparameters; subclass it and decorate with `register`.
 
@@ -58,6 +79,10 @@ class Spec:
         Name of a factor, or "bias", -> ("normal", standard deviation), ("uniform", bound) or ("orthogonal", singular
         value). A factor left out starts at spectral scale, a bias left out at zero.
         """
+        return {}
+
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Which factors of ``plan`` are multiplied by a trained mask: name of the factor -> mask, none unless given."""
         return {}
 
     def __add__(self, other: Spec) -> Spec:

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import analysis
 from ..ops import BACKENDS, compose, multiply
@@ -15,6 +16,9 @@ from ..ops.lowering import Program, literal, lower
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
+from .blocks import project_blocks
+from .boxcar import BoxcarMask, masks_of
+from .projection import check, project
 
 
 class StructuredLinear(nn.Module):
@@ -39,7 +43,8 @@ class StructuredLinear(nn.Module):
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
-    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation.
+    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation. One that
+    the structure masks is parametrized: the attribute is the masked factor, `stored` the parameter behind it.
 
     Raises:
         ValueError: when the shape does not fit the structure, or an input the layer.
@@ -74,6 +79,9 @@ class StructuredLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        for name, boxcar in spec.masks(self.plan).items():
+            mask = BoxcarMask(boxcar, self.plan.shapes[name][boxcar.feature], device, dtype)
+            parametrize.register_parametrization(self, name, mask, unsafe=True)  # it keeps shape and dtype
         self._dense = next(iter(self.plan.factors)) if self.plan.is_dense else None
         self.backend = os.environ.get("STRUCTLIN_BACKEND", backend) if backend == "auto" else backend
         self.reset_parameters()
@@ -100,9 +108,43 @@ class StructuredLinear(nn.Module):
         if self.zero_last:
             draws |= dict.fromkeys(("bias", *(term.names[-1] for term in self.plan.terms)), initialisation.ZERO)
         for name in self.plan.factors:
-            initialisation.fill_(self.get_parameter(name), draws[name], self.plan, name)
+            initialisation.fill_(self.stored(name), draws[name], self.plan, name)
+        for mask in masks_of(self):
+            mask.reset_parameters()
         if self.bias is not None:
             initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
+
+    @torch.no_grad()
+    def project_(self, weight: Tensor, inputs: Tensor | None = None) -> Self:
+        """Take the factors nearest to ``weight`` (out_features, in_features), in place; the bias stays.
+
+        As `project`; where the structure has trained masks, blocks are found and the edges of the masks become hard.
+
+        Raises:
+            ValueError: as `project`, and for inputs or a sum where there are masks. The layer is unchanged then.
+        """
+        masks = self.spec.masks(self.plan)
+        check(self.plan, weight, masks)
+        if masks and inputs is not None:
+            raise ValueError(f"{self.spec} has trained masks and cannot be fitted to inputs; project without inputs")
+        if not masks:
+            for name, value in project(self.plan, weight, inputs).items():
+                self.stored(name).copy_(value)
+            return self
+        for name, (value, widths, locations) in project_blocks(self.plan, masks, weight).items():
+            self.stored(name).copy_(value)
+            mask = self.get_submodule(f"parametrizations.{name}.0")
+            assert isinstance(mask, BoxcarMask)
+            mask.widths.copy_(widths)
+            mask.locations.copy_(locations)
+            mask.sigma.fill_(torch.inf)
+        return self
+
+    def stored(self, name: str) -> nn.Parameter:
+        """The parameter that holds the factor ``name``, before any parametrization of it."""
+        if parametrize.is_parametrized(self, name):
+            return self.get_parameter(f"parametrizations.{name}.original")
+        return self.get_parameter(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
@@ -114,14 +156,16 @@ class StructuredLinear(nn.Module):
             return F.linear(x, getattr(self, self._dense), self.bias)
         if self._backend == "dense":
             return F.linear(x, self._dense_weight(), self.bias)
-        y = self._multiply(x.reshape(-1, self.in_features))
+        y = self._multiply(x.reshape(-1, self.in_features), self._factors())
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _multiply(self, tokens: Tensor) -> Tensor:
+    def _factors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.plan.factors]
+
+    def _multiply(self, tokens: Tensor, factors: list[Tensor]) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
-        factors = [getattr(self, name) for name in self.plan.factors]
         if self._step_backend == "bmm":
             return multiply(tokens, factors, self._program)
         return compose(tokens, factors, self._program, self._step_backend)
@@ -131,26 +175,25 @@ class StructuredLinear(nn.Module):
         self._weight = None
         return super().train(mode)
 
-    def _materialize(self) -> Tensor:
-        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
-        eye = torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)
-        kind = factor.device.type
+    def _materialize(self, factors: list[Tensor]) -> Tensor:
+        eye = torch.eye(self.in_features, device=factors[0].device, dtype=factors[0].dtype)
+        kind = eye.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return self._multiply(eye).T.contiguous()
+            return self._multiply(eye, factors).T.contiguous()
         with torch.autocast(kind, enabled=False):  # the weight is that of the factors as they are stored
-            return self._multiply(eye).T.contiguous()
+            return self._multiply(eye, factors).T.contiguous()
 
     def _dense_weight(self) -> Tensor:
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
 
         A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
         """
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in factors):
-            return self._materialize()
-        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in factors]
+        held = [*self.parameters(), *self.buffers()]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(t.is_inference() for t in held):
+            return self._materialize(self._factors())
+        key = [(t.data_ptr(), t._version, t.dtype, t.device) for t in held]
         if self._weight is None or self._weight[0] != key:
-            self._weight = key, self._materialize()
+            self._weight = key, self._materialize(self._factors())
         return self._weight[1]
 
     @torch.no_grad()
@@ -160,24 +203,17 @@ class StructuredLinear(nn.Module):
         Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
         factors are multiplied in float32 and rounded once.
         """
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        factors = self._factors()
         device, dtype = factors[0].device, factors[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        twin = self if dtype == wide else self._in_dtype(wide)
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
-        dense.weight.copy_(twin._materialize())
-        dense.weight.requires_grad_(any(factor.requires_grad for factor in factors))
+        dense.weight.copy_(self._materialize([factor.to(wide) for factor in factors]))
+        dense.weight.requires_grad_(any(p.requires_grad for name, p in self.named_parameters() if name != "bias"))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
-
-    def _in_dtype(self, dtype: torch.dtype) -> StructuredLinear:
-        twin = StructuredLinear(self.in_features, self.out_features, self.spec, bias=False, device="meta", dtype=dtype)
-        state = {name: getattr(self, name).to(dtype) for name in self.plan.factors}
-        twin.load_state_dict(state, assign=True)
-        return twin
 
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)

@@ -12,7 +12,7 @@ from operator import matmul
 from typing import Self
 
 from ..plan import Plan
-from ..spec import Spec, register
+from ..spec import Boxcar, Spec, register
 from .block_diagonal import BlockDiagonal
 from .dyad import Dyad
 from .kronecker import Kronecker
@@ -34,6 +34,15 @@ class Sum(Spec):
     def plan(self, out_features: int, in_features: int) -> Plan:
         plans = [term.plan(out_features, in_features) for term in self.terms]
         return reduce(lambda total, plan: total + plan.apart(total), plans)
+
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Those of the terms, whose factors stand in their order."""
+        names, masks = iter(plan.factors), dict[str, Boxcar]()
+        for term in self.terms:
+            own = term.plan(plan.out_features, plan.in_features)
+            found = term.masks(own)
+            masks |= {new: found[name] for name, new in zip(own.factors, names, strict=False) if name in found}
+        return masks
 
     def __str__(self) -> str:
         return "+".join(map(str, self.terms))
@@ -65,8 +74,12 @@ class Product(Spec):
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         inner = [self.width or min(out_features, in_features)] * (len(self.factors) - 1)
-        rows, columns = (out_features, *inner), (*inner, in_features)
-        return reduce(matmul, (f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)))
+        shapes = zip((out_features, *inner), (*inner, in_features), strict=True)
+        plans = [factor.plan(*shape) for factor, shape in zip(self.factors, shapes, strict=True)]
+        for factor, plan in zip(self.factors, plans, strict=True):
+            if factor.masks(plan):
+                raise ValueError(f"{factor} has trained masks, which a product cannot keep: {self}; use it by itself")
+        return reduce(matmul, plans)
 
     def __str__(self) -> str:
         shown = (f"({f})" if isinstance(f, Sum | Product) else str(f) for f in self.factors)
@@ -86,6 +99,10 @@ class Transpose(Spec):
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         return self.of.plan(in_features, out_features).T
+
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Those of the structure, whose factors are stored alike."""
+        return self.of.masks(plan.T)
 
     @property
     def T(self) -> Spec:
