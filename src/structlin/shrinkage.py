@@ -60,7 +60,7 @@ class Shrinkage:
         """
         active = mean_width(self.masks) > self.target
         for mask, group in zip(self.masks, self.groups, strict=True):
-            amount = self.threshold * self.optimizer.param_groups[group]["lr"] * active.to(mask.widths.device)
+            amount = self.threshold * self.optimizer.param_groups[group]["lr"] * active.to(mask.widths)
             mask.widths.sub_(amount).clamp_(0, 1)
             mask.locations.remainder_(1)
 

@@ -2,8 +2,8 @@
 
 Any factors that a rank allows are nearest to the weight with full intervals, so it is the widths that are given: no
 interval gets wider than it starts. Blocks are found one after the other in what is left, each from the rows that
-correlate with the strongest one (Lee et al. 2024, initialisation from dense weights); then all factors are fitted
-together on the intervals that were found.
+correlate with the strongest one (Lee et al. 2024, initialisation from dense weights): an interval is where the energy
+of the features exceeds a cost by most. Then all factors are fitted together on the intervals that were found.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .least_squares import falls, size
 
 ROUNDS = 4  # of finding rows by columns and columns by rows
 PASSES = 3  # over all components, each found again in what the others leave
-COST = 0.1  # of a feature in an interval, as a share of the mean that features explain
-NOISE = 4.0  # the same as a multiple of the mean that is left over, where that is less
+COSTS = (1.0, 0.1)  # of a feature in an interval, first and later, as a share of the mean that features explain
+NOISE = 4.0  # the same in later passes, as a multiple of the mean that is left over, where that is less
 SWEEPS = 30  # of the fit, at most
 STEPS = 6  # of conjugate gradients in each half of a sweep, at most
 
@@ -77,8 +77,9 @@ def project_blocks(plan: Plan, masks: Mapping[str, Boxcar], weight: Tensor) -> d
                 break
             residual += (up[:, k] @ down[k]).to(wide.dtype)
             known = down[k].mH.to(wide.dtype) if sweep else None
-            noise = NOISE * left_over / residual.numel() if sweep else torch.inf
-            rows[k], columns[k], u, v = _block(residual, rank, limit, known, noise, generator)
+            # narrow at first, so that blocks that share rows or columns stay apart
+            cost = (COSTS[1], NOISE * left_over / residual.numel()) if sweep else (COSTS[0], torch.inf)
+            rows[k], columns[k], u, v = _block(residual, rank, limit, known, cost, generator)
             residual -= u @ v
             up[:, k], down[k] = 0, 0
             up[:, k, : u.shape[1]], down[k, : v.shape[0]] = u.to(exact), v.to(exact)
@@ -118,21 +119,27 @@ def _stored(factor: Tensor, boxcar: Boxcar) -> Tensor:
 
 
 def _block(
-    residual: Tensor, rank: int, limit: tuple[int, int], known: Tensor | None, noise: float, generator: torch.Generator
+    residual: Tensor,
+    rank: int,
+    limit: tuple[int, int],
+    known: Tensor | None,
+    cost: tuple[float, float],
+    generator: torch.Generator,
 ) -> tuple[Interval, Interval, Tensor, Tensor]:
     """Rows and columns of one block, at most ``limit`` many, and factors that take it off.
 
-    The search starts from the row space ``known``, else from the rows that correlate with the strongest one.
+    A feature costs ``cost``, as a share of the mean and in the units of the residual, whichever is less. The search
+    starts from the row space ``known``, else from the rows that correlate with the strongest one.
     """
     strongest = residual[residual.abs().square().sum(1).argmax()].conj()[:, None]
     basis = strongest if known is None else known
     for _ in range(ROUNDS):
         u = residual @ torch.linalg.qr(basis)[0]
-        rows = _interval(u.abs().square().sum(1), limit[0], noise * u.shape[1])
+        rows = _interval(u.abs().square().sum(1), limit[0], (cost[0], cost[1] * u.shape[1]))
         inside = _indicator([rows], residual)[0][:, None]
         u = torch.linalg.qr(u * inside)[0] * inside  # an interval shorter than the rank leaves columns without meaning
         v = residual.mH @ u
-        columns = _interval(v.abs().square().sum(1), limit[1], noise * u.shape[1])
+        columns = _interval(v.abs().square().sum(1), limit[1], (cost[0], cost[1] * u.shape[1]))
         basis = v * _indicator([columns], residual, 1)[0][:, None]
         if basis.shape[1] < rank:
             mix = torch.randn(len(u), rank - basis.shape[1], generator=generator).to(residual)
@@ -141,10 +148,10 @@ def _block(
     return rows, columns, u, basis.mH
 
 
-def _interval(energy: Tensor, longest: int, noise: float) -> Interval:
+def _interval(energy: Tensor, longest: int, cost: tuple[float, float]) -> Interval:
     """The cyclic interval of ``energy`` (n,) with the largest sum after a cost for each of its features."""
-    n = len(energy)
-    values = energy - min(COST * float(energy.mean()), noise)
+    n, energy = len(energy), energy.double()  # small costs must not drown in sums over all features
+    values = energy - min(cost[0] * float(energy.mean()), cost[1])
     start, length = _largest_sum(values)
     rest, gap = _largest_sum(-values)
     if values.sum() - values[rest : rest + gap].sum() > values[start : start + length].sum() and gap < n:

@@ -75,10 +75,11 @@ class BoxcarMask(nn.Module):
         if self.rounding:
             length, start = _rounded(length), _rounded(start)
         f = torch.arange(n // 2 + 1, device=length.device, dtype=length.dtype)
-        # angles are taken modulo a turn while they are whole numbers, which is exact
+        # angles are taken modulo a turn while they are whole numbers: exact in single precision up to 4,096 features
         half_turns = torch.remainder(f[1:] * length, 2 * n)
+        shift = torch.remainder(2 * start + length - 1 + n, 2 * n) - n
         amplitude = torch.cat([length / n, (pi / n * half_turns).sin() / (n * (pi / n * f[1:]).sin())], -1)
-        angle = -pi / n * torch.remainder(f * (2 * start + length - 1), 2 * n)
+        angle = -pi / n * torch.remainder(f * shift, 2 * n)
         amplitude = amplitude * (-0.5 * (f / self.sigma).square()).exp()
         mask = torch.fft.irfft(torch.polar(torch.ones_like(angle), angle) * amplitude, n, norm="forward")
         return mask if self.training else torch.where(mask.abs() < NEGLIGIBLE, 0, mask)
