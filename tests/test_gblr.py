@@ -283,11 +283,20 @@ def test_no_interval_gets_wider_than_it_starts_and_the_fit_uses_what_there_is():
     assert errors[2] < 1.02 * nearest
 
 
+def test_a_layer_without_masks_takes_the_nearest_factors():
+    weight = torch.randn(SHAPE)
+    layer = sl.StructuredLinear(16, 24, sl.LowRank(4)).project_(weight)
+    for name, factor in sl.project(layer.plan, weight).items():
+        assert torch.equal(getattr(layer, name), factor)
+
+
 def test_what_cannot_be_projected_is_refused():
     weight = torch.randn(SHAPE)
     layer = sl.StructuredLinear(16, 24, SPEC)
     with pytest.raises(ValueError, match="cannot be fitted to inputs"):
         layer.project_(weight, torch.randn(5, 16))
+    with pytest.raises(ValueError, match=r"one weight \(out_features, in_features\), not \(2, 24, 16\)"):
+        layer.project_(torch.stack([weight, weight]))
     with pytest.raises(ValueError, match="one chain of two factors only"):
         sl.StructuredLinear(16, 24, SPEC + sl.LowRank(2)).project_(weight)
     model = nn.Sequential(nn.Linear(16, 24))

@@ -121,9 +121,12 @@ class StructuredLinear(nn.Module):
         As `project`; where the structure has trained masks, blocks are found and the edges of the masks become hard.
 
         Raises:
-            ValueError: as `project`, and for inputs or a sum where there are masks. The layer is unchanged then.
+            ValueError: as `project`, for a weight of more dimensions, and for inputs or a sum where there are masks. The
+                layer is unchanged then.
         """
         masks = self.spec.masks(self.plan)
+        if weight.dim() != 2:
+            raise ValueError(f"a layer takes one weight (out_features, in_features), not {tuple(weight.shape)}")
         check(self.plan, weight, masks)
         if masks and inputs is not None:
             raise ValueError(f"{self.spec} has trained masks and cannot be fitted to inputs; project without inputs")
