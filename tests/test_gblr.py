@@ -283,6 +283,18 @@ def test_no_interval_gets_wider_than_it_starts_and_the_fit_uses_what_there_is():
     assert errors[2] < 1.02 * nearest
 
 
+def test_the_fit_leaves_no_gradient_in_the_factor_that_it_solved_last():
+    torch.manual_seed(0)
+    weight, eye = torch.randn(48, 32, dtype=torch.float64), torch.eye(32, dtype=torch.float64)
+    spec = sl.Gblr(components=8, width=0.5)
+    layer = sl.StructuredLinear(32, 48, spec, bias=False, dtype=torch.float64).project_(weight)
+    left = (layer(eye).T - weight).square().sum()
+    left.backward()
+    slopes = [float(layer.stored(name).grad.norm() * layer.stored(name).norm() / left) for name in ("down", "up")]
+    assert slopes[0] < 1e-8
+    assert slopes[1] < 0.02
+
+
 def test_a_layer_without_masks_takes_the_nearest_factors():
     weight = torch.randn(SHAPE)
     layer = sl.StructuredLinear(16, 24, sl.LowRank(4)).project_(weight)

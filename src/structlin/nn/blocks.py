@@ -22,7 +22,7 @@ ROUNDS = 4  # of finding rows by columns and columns by rows
 PASSES = 3  # over all components, each found again in what the others leave
 COSTS = (1.0, 0.1)  # of a feature in an interval, first and later, as a share of the mean that features explain
 NOISE = 4.0  # the same in later passes, as a multiple of the mean that is left over, where that is less
-SWEEPS = 30  # of the fit, at most
+SWEEPS = 100  # of the fit, at most
 STEPS = 6  # of conjugate gradients in each half of a sweep, at most
 
 Interval = tuple[int, int]

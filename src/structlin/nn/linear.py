@@ -121,8 +121,8 @@ class StructuredLinear(nn.Module):
         As `project`; where the structure has trained masks, blocks are found and the edges of the masks become hard.
 
         Raises:
-            ValueError: as `project`, for a weight of more dimensions, and for inputs or a sum where there are masks. The
-                layer is unchanged then.
+            ValueError: as `project`, for a weight of more dimensions, and for inputs or a sum where there are masks.
+                The layer is unchanged then.
         """
         masks = self.spec.masks(self.plan)
         if weight.dim() != 2:
