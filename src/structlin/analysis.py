@@ -13,7 +13,7 @@ from .plan import Plan, Step, Term
 
 
 def num_params(plan: Plan) -> int:
-    """Number of weights in all factors (without a bias)."""
+    """Number of weights in all factors (without a bias, and without the places of trained masks)."""
     return sum(plan.size(step.w) for _, step in plan.factors.values())
 
 
