@@ -28,13 +28,13 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 
 LAYERS = (
     ("progress", "regroup", "version", "widths"),
-    ("plan",),
+    ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),
     ("structures", "kernels", "accuracy"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "machine", "describe"),
+    ("surgery", "optim", "shrinkage", "checkpoint", "guide", "densify", "moments", "testing", "machine", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
@@ -47,7 +47,7 @@ SIDEWAYS = {
     ("train", "models"),
     ("__main__", "cli"),
 }
-WITHOUT_TORCH = ("plan", "widths", "padding", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
 
 # besides what the package of structures exports
 PUBLIC = [
@@ -66,6 +66,7 @@ PUBLIC = [
     "project",
     "register",
     "save",
+    "shrinkage",
     "spec",
     "testing",
     "to_dense_",

@@ -17,6 +17,9 @@ from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
+from .blocks import project_blocks
+from .boxcar import BoxcarMask, masks_of
+from .projection import check, project
 
 if TYPE_CHECKING:
     from .guide import Guide
@@ -46,7 +49,8 @@ class StructuredLinear(nn.Module):
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
-    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation.
+    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation. One that
+    the structure masks is parametrized: the attribute is the masked factor, `stored` the parameter behind it.
 
     Raises:
         ValueError: when the shape does not fit the structure, or an input the layer.
@@ -83,6 +87,9 @@ class StructuredLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        for name, boxcar in spec.masks(self.plan).items():
+            mask = BoxcarMask(boxcar, self.plan.shapes[name][boxcar.feature], device, dtype)
+            parametrize.register_parametrization(self, name, mask, unsafe=True)  # it keeps shape and dtype
         self._dense = next(iter(self.plan.factors)) if self.plan.is_dense else None
         self.backend = os.environ.get("STRUCTLIN_BACKEND", backend) if backend == "auto" else backend
         self.reset_parameters()
@@ -109,12 +116,55 @@ class StructuredLinear(nn.Module):
         if self.zero_last:
             draws |= dict.fromkeys(("bias", *(term.names[-1] for term in self.plan.terms)), initialisation.ZERO)
         for name in self.plan.factors:
-            factor: Tensor = getattr(self, name)
-            drawn = initialisation.fill_(factor, draws[name], self.plan, name)
+            drawn = initialisation.fill_(self.stored(name), draws[name], self.plan, name)
             if parametrize.is_parametrized(self, name):
-                setattr(self, name, drawn)  # what was filled is its value, a tensor of its own
+                self._put(name, drawn.clone())
+        for mask in masks_of(self):
+            mask.reset_parameters()
         if self.bias is not None:
             initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
+
+    @torch.no_grad()
+    def project_(self, weight: Tensor, inputs: Tensor | None = None) -> Self:
+        """Take the factors nearest to ``weight`` (out_features, in_features), in place; the bias stays.
+
+        As `project`; where the structure has trained masks, blocks are found and the edges of the masks become hard.
+
+        Raises:
+            ValueError: as `project`, for a weight of more dimensions, and for inputs or a sum where there are masks.
+                The layer is unchanged then.
+        """
+        masks = self.spec.masks(self.plan)
+        if weight.dim() != 2:
+            raise ValueError(f"a layer takes one weight (out_features, in_features), not {tuple(weight.shape)}")
+        check(self.plan, weight, masks)
+        if masks and inputs is not None:
+            raise ValueError(f"{self.spec} has trained masks and cannot be fitted to inputs; project without inputs")
+        if not masks:
+            for name, value in project(self.plan, weight, inputs).items():
+                self._put(name, value)
+            return self
+        for name, (value, widths, locations) in project_blocks(self.plan, masks, weight).items():
+            self.stored(name).copy_(value)
+            mask = self.get_submodule(f"parametrizations.{name}.0")
+            assert isinstance(mask, BoxcarMask)
+            mask.widths.copy_(widths)
+            mask.locations.copy_(locations)
+            mask.sigma.fill_(torch.inf)
+        return self
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Make ``value`` that of a factor; under a mask, that of what is masked."""
+        if parametrize.is_parametrized(self, name) and name not in self.spec.masks(self.plan):
+            setattr(self, name, value)
+        else:
+            self.stored(name).copy_(value)
+
+    def stored(self, name: str) -> nn.Parameter:
+        """The parameter that holds the factor ``name``, before any parametrization of it."""
+        if parametrize.is_parametrized(self, name):
+            return self.get_parameter(f"parametrizations.{name}.original")
+        return self.get_parameter(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
@@ -127,7 +177,7 @@ class StructuredLinear(nn.Module):
         elif self._backend == "dense":
             y = F.linear(x, self._dense_weight(), self.bias)
         else:
-            y = self._multiply(x.reshape(-1, self.in_features))
+            y = self._multiply(x.reshape(-1, self.in_features), self._factors())
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
             # contiguous, as that of nn.Linear is, where padding was cut off
@@ -135,9 +185,11 @@ class StructuredLinear(nn.Module):
         guide = self._modules.get("guide")
         return y if guide is None else guide(x, y, self.bias)
 
-    def _multiply(self, tokens: Tensor) -> Tensor:
+    def _factors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.plan.factors]
+
+    def _multiply(self, tokens: Tensor, factors: list[Tensor]) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
-        factors = [getattr(self, name) for name in self.plan.factors]
         if self._padding[1]:
             tokens = F.pad(tokens, (0, self._padding[1]))
         if self._step_backend == "bmm":
@@ -151,14 +203,13 @@ class StructuredLinear(nn.Module):
         self._weight = None
         return super().train(mode)
 
-    def _materialize(self) -> Tensor:
-        factor: Tensor = getattr(self, next(iter(self.plan.factors)))
-        eye = torch.eye(self.in_features, device=factor.device, dtype=factor.dtype)
-        kind = factor.device.type
+    def _materialize(self, factors: list[Tensor]) -> Tensor:
+        eye = torch.eye(self.in_features, device=factors[0].device, dtype=factors[0].dtype)
+        kind = eye.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return self._multiply(eye).T.contiguous()
+            return self._multiply(eye, factors).T.contiguous()
         with torch.autocast(kind, enabled=False):  # the weight is that of the factors as they are stored
-            return self._multiply(eye).T.contiguous()
+            return self._multiply(eye, factors).T.contiguous()
 
     def _dense_weight(self) -> Tensor:
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
@@ -166,11 +217,11 @@ class StructuredLinear(nn.Module):
         A change behind PyTorch's back (``factor.data.copy_(...)``) is not seen; `train` and ``eval`` forget the weight.
         """
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
-            return self._materialize()
-        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(t.is_inference() for t in stored):
+            return self._materialize(self._factors())
+        key = [(t.data_ptr(), t._version, t.dtype, t.device) for t in stored]
         if self._weight is None or self._weight[0] != key:
-            self._weight = key, self._materialize()
+            self._weight = key, self._materialize(self._factors())
         return self._weight[1]
 
     @torch.no_grad()
@@ -180,29 +231,18 @@ class StructuredLinear(nn.Module):
         Its weight is what this layer does to the identity, so it cannot disagree with `forward`. Half precision
         factors are multiplied in float32 and rounded once.
         """
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        factors = self._factors()
         device, dtype = factors[0].device, factors[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        twin = self if dtype == wide else self._in_dtype(wide)
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
-        weight, guide = twin._materialize(), self._modules.get("guide")
+        weight, guide = self._materialize([factor.to(wide) for factor in factors]), self._modules.get("guide")
         dense.weight.copy_(weight if guide is None else cast("Guide", guide).mixed(weight))
-        dense.weight.requires_grad_(any(p.requires_grad for p in self._weights()))
+        dense.weight.requires_grad_(any(p.requires_grad for name, p in self.named_parameters() if name != "bias"))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
-
-    def _weights(self) -> list[nn.Parameter]:
-        """What is stored of the factors, with the parameters of their parametrizations."""
-        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
-
-    def _in_dtype(self, dtype: torch.dtype) -> StructuredLinear:
-        twin = StructuredLinear(self.in_features, self.out_features, self.spec, bias=False, device="meta", dtype=dtype)
-        state = {name: getattr(self, name).to(dtype) for name in self.plan.factors}
-        twin.load_state_dict(state, assign=True)
-        return twin
 
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)
