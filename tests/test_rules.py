@@ -44,6 +44,7 @@ SIDEWAYS = {
     ("checkpoint", "surgery"),
     ("densify", "moments"),
     ("densify", "surgery"),
+    ("bench", "models"),
     ("train", "models"),
     ("__main__", "cli"),
 }

@@ -44,8 +44,7 @@ def param_groups(
     ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
     embeddings get the growth of their size (Yang et al. 2021, table 3; Yang et al. 2023, the spectral condition). A
     readout needs no mark: its input grows and its output does not. Everything else, as the gain of a normalised factor,
-    gets ``lr``. Frozen parameters are left out; shared ones occur once, with the rate of the first module that has
-    them.
+    gets ``lr``. Frozen parameters are left out; shared ones occur once, at the rate of the first module with them.
 
     Args:
         model: any module.
@@ -76,22 +75,36 @@ def param_groups(
             raise ValueError(f"{name}={value} must be finite and not negative")
     if optimizer not in analysis.OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(analysis.OPTIMIZERS)}")
-    scales = _structure(model, optimizer)
-    branches = _by_glob(model, "depth", depth or {})
-    more = [_width(model, base, optimizer) if base else {}, _by_glob(model, "multipliers", multipliers or {})]
-    more.append({parameter: ratio**-0.5 for parameter, ratio in branches.items()} if optimizer == "adam" else {})
-    for each in more:
-        scales = {parameter: scale * each.get(parameter, 1.0) for parameter, scale in scales.items()}
-    if structure_lr is not None:
-        places = {parameter for mask in masks_of(model) for parameter in mask.parameters()}
-        scales |= dict.fromkeys(scales.keys() & places, structure_lr / lr) if lr else {}
+    scales = _scales(model, optimizer, base, depth or {}, multipliers or {})
+    places = {parameter for mask in masks_of(model) for parameter in mask.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for parameter, scale in scales.items():
+        rate = structure_lr if structure_lr is not None and parameter in places else lr * scale
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups[lr * scale, decay / scale if independent_decay else decay].append(parameter)
+        groups[rate, decay / scale if independent_decay else decay].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _scales(
+    model: nn.Module,
+    optimizer: str,
+    base: nn.Module | None,
+    depth: Mapping[str, float],
+    multipliers: Mapping[str, float],
+) -> dict[nn.Parameter, float]:
+    """What multiplies the rate of every trainable parameter, in the order of the model."""
+    scales = _structure(model, optimizer)
+    branches = _by_glob(model, "depth", depth)
+    factors = [
+        _width(model, base, optimizer) if base else {},
+        {parameter: ratio**-0.5 if optimizer == "adam" else 1.0 for parameter, ratio in branches.items()},
+        _by_glob(model, "multipliers", multipliers),
+    ]
+    for factor in factors:
+        scales = {parameter: scale * factor.get(parameter, 1.0) for parameter, scale in scales.items()}
+    return scales
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

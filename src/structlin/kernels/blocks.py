@@ -47,7 +47,7 @@ def _sum_of_blocks(
                 acc = tl.dot(x, w_desc.load([block * K + k, found // 4096 * N + n]), acc)
             else:
                 acc = tl.dot(x, w_desc.load([row * N + n, entry * K + k]).T, acc)
-        if ADD:  # not through shared memory, which the operands fill
+        if ADD:
             at = (t + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
             there = y_ptr + at * (ROWS * N) + (row * N + n + tl.arange(0, BLOCK_N))[None, :]
             acc += tl.load(there, mask=at < tokens).to(tl.float32)
@@ -102,7 +102,8 @@ def sum_of_blocks(
     tokens, _, inner = x.shape
     outer = w.shape[3] if transposed else w.shape[1]
     y = x.new_empty(tokens, len(table), outer) if into is None else into.view(tokens, len(table), outer)
-    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 else (128, 128, 4, 4)
+    # what is added passes through shared memory, and there is room for it beside smaller tiles only
+    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and into is None else (128, 128, 4, 4)
     columns = min(columns, outer & -outer)
     w_block = [64, columns] if transposed else [columns, 64]
     _sum_of_blocks[(_programs(x.device),)](
