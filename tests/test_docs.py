@@ -137,3 +137,29 @@ def test_the_table_of_learning_rates_is_that_of_the_record() -> None:
     page = (ROOT / "docs" / "learning-rates.md").read_text(encoding="utf-8")
     missing = [row for row in learning_rate_rows() if row not in page]
     assert not missing, "\n".join(missing)
+
+
+def building_rows() -> list[str]:
+    """The table of docs/bench.md on building layers, and the line on projection, from the record that they quote."""
+    metrics = {
+        record["name"].removeprefix("building "): record["metrics"]
+        for record in records.read(ROOT / "results" / "building-cpu.json")
+    }
+    rows = []
+    for name, model in metrics.items():
+        if name.startswith("7B model, "):
+            layer = metrics[name.removeprefix("7B model, ")]
+            numbers = (layer["per_parameter_over_linear"], 1e3 * layer["build_s"], 1e3 * layer["meta_first_s"])
+            times = (model["build_and_describe_s"], model["build_and_describe_cpu_s"])
+            cells = ("{:.2f}", "{:.1f}", "{:.1f}", "{:.2f}", "{:.2f}")
+            shown = " | ".join(cell.format(number) for cell, number in zip(cells, numbers + times, strict=True))
+            rows.append(f"| {name.removeprefix('7B model, ')} | {shown} |")
+        elif name.startswith("projection"):
+            rows.append(f"{model['project_s']:.1f} s by the clock and {model['project_cpu_s']:.1f} s of the processor")
+    return rows
+
+
+def test_building_table_is_that_of_the_record() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    missing = [row for row in building_rows() if row not in page]
+    assert not missing, "\n".join(missing)
