@@ -1,6 +1,6 @@
 """The experiments behind the lowering: who should run which step. Prints what it finds and writes records.
 
-    PYTHONPATH=src python benchmarks/spikes.py results/spikes.json
+    PYTHONPATH=src python benchmarks/spikes.py results/spikes.json [S1 S8 ...]
 
 S1 a step that stores across, by GEMM and copy or by one kernel, and what the next step takes to read it; S2 copies with
 short runs; S3 weight gradients with many tokens; S4 tiny blocks; S5 DYAD's two terms; S6 host time of one operator and
@@ -251,6 +251,8 @@ def sparse_blocks() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(SEED)
-    for spike in (across_steps, weight_gradients, tiny_blocks, dyad_terms, host_time, recompute, sparse_blocks):
-        spike()
+    spikes = {"S1": across_steps, "S3": weight_gradients, "S4": tiny_blocks, "S5": dyad_terms, "S6": host_time}
+    spikes |= {"S7": recompute, "S8": sparse_blocks}
+    for name in sys.argv[2:] or spikes:
+        spikes[name]()
         records.write(sys.argv[1], found)
