@@ -82,9 +82,7 @@ def measure(problem: BlockProblem, settings: Settings, clock: timing.Clock) -> l
         if error <= allowed:
             found[name] = ModuleContender(module, inputs, compiled)
         else:
-            wrong[name] = (
-                f"not timed, because it is wrong: off by {error:.2g}, allowed: {allowed:.2g}"
-            )
+            wrong[name] = f"not timed, because it is wrong: off by {error:.2g}, allowed: {allowed:.2g}"
     graphs = dict.fromkeys(found, NO_GRAPH)
     for name, times in race(settings, clock, found, FORWARD_BACKWARD, sets, graphs).items():
         metrics[name] |= times

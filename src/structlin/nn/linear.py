@@ -17,8 +17,8 @@ from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
-from .blocks import project_blocks
 from .boxcar import BoxcarMask, masks_of
+from .boxcar_projection import project_blocks
 from .projection import check, project
 
 if TYPE_CHECKING:

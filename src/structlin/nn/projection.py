@@ -19,7 +19,7 @@ from torch import Tensor
 from ..masks import Boxcar
 from ..plan import Plan, Term
 from . import least_squares, shared_bases
-from .blocks import refuse
+from .boxcar_projection import refuse
 from .least_squares import matrix
 from .trains import is_train, project_train
 
