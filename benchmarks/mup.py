@@ -5,8 +5,9 @@
 
 Every linear layer of the blocks has the structure; the head starts at zero, heads have 32 channels at every width, and
 the text is the source of Python's standard library. Each (structure, width, seed) is trained under two rules that
-start from the same weights: "param_groups", whose base is the first width, and "one rate" for all parameters. On a GPU
-a whole step is one CUDA graph that reads its learning rates from memory, so one capture serves every rate.
+start from the same weights: "param_groups", whose base is the first width, and "one rate" for all matrices; embedding
+and head have eight times the rate under both. On a GPU a whole step is one CUDA graph that reads its learning rates
+from memory, so one capture serves every rate.
 docs/learning-rates.md says what is concluded.
 """
 
@@ -36,6 +37,7 @@ RULES = ("param_groups", "one rate")
 STRUCTURES = ("dense", "low_rank:rank=0.25", "block_diagonal:nblocks=4:shuffle=true", "monarch:nblocks=4",
               "dyad:nblocks=4", "btt:rank=2", "kronecker")  # fmt: skip
 HEAD_CHANNELS = 32
+OUTSIDE, MULTIPLIER = ("embedding", "head"), 8.0  # both rules: at the rate of the matrices these two learn too little
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Sweep:
         self.model = model.to(self.device)
         with torch.device("meta"):
             base = build(settings.widths[0], settings)
-        groups = sl.param_groups(self.model, lr=1.0, base=base)
+        groups = self._groups(base)
         self.scales = torch.tensor([group["lr"] for group in groups], device=self.device)
+        self.single = torch.tensor([group.pop("single") for group in groups], device=self.device)
         self.peaks, self.rates = self.scales.clone(), self.scales.clone()
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate  # a view, so that the captured optimizer sees every change
@@ -91,6 +94,16 @@ class Sweep:
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.start = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.advance = self._captured() if self.device.type == "cuda" else self.step
+
+    def _groups(self, base: GPT) -> list[dict[str, Any]]:
+        """Parameter groups at rate 1, each with its rate under the rule of one rate as well."""
+        outside = {p for name in OUTSIDE for p in self.model.get_submodule(name).parameters()}
+        groups = []
+        for group in sl.param_groups(self.model, lr=1.0, base=base, multipliers=dict.fromkeys(OUTSIDE, MULTIPLIER)):
+            for inside in (True, False):
+                params = [p for p in group["params"] if (p not in outside) == inside]
+                groups += [{**group, "params": params, "single": 1.0 if inside else MULTIPLIER}] * bool(params)
+        return groups
 
     def loss(self, windows: Tensor) -> Tensor:
         dtype = getattr(torch, self.settings.dtype)
@@ -123,7 +136,7 @@ class Sweep:
     @torch.no_grad()
     def run(self, lr: float, rule: str) -> tuple[float, float]:
         """Validation loss and mean training loss of the last tenth of the steps, in nats; not finite if it diverged."""
-        self.peaks.copy_(self.scales * lr if rule == "param_groups" else torch.full_like(self.scales, lr))
+        self.peaks.copy_(lr * (self.scales if rule == "param_groups" else self.single))
         for parameter, start in zip(self.model.parameters(), self.start, strict=True):
             parameter.copy_(start)
         for state in self.optimizer.state.values():

@@ -1,11 +1,12 @@
 """The experiments behind the lowering: who should run which step. Prints what it finds and writes records.
 
-    PYTHONPATH=src python benchmarks/spikes.py results/spikes.json
+    PYTHONPATH=src python benchmarks/spikes.py results/spikes.json [S1 S8 ...]
 
-S1 a step that stores across, by GEMM and copy or by one kernel; S2 copies with short runs; S3 weight gradients with
-many tokens; S4 tiny blocks; S5 DYAD's two terms; S6 host time of one operator and of whole layers; S7 keeping
-intermediates or recomputing them. docs/log.md says what was concluded. Needs a CUDA device of compute capability 9 or
-more; times are medians in ms, of CUDA graphs where the host would be in the way.
+S1 a step that stores across, by GEMM and copy or by one kernel, and what the next step takes to read it; S2 copies with
+short runs; S3 weight gradients with many tokens; S4 tiny blocks; S5 DYAD's two terms; S6 host time of one operator and
+of whole layers; S7 keeping intermediates or recomputing them; S8 block-sparse products, by copies or by the table.
+docs/log.md says what was concluded. Needs a CUDA device of compute capability 9 or more; times are medians in ms, of
+CUDA graphs where the host would be in the way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 import structlin as sl
 from structlin.kernels.across import across
+from structlin.kernels.blocks import gradient_of_blocks, sum_of_blocks
 from structlin.kernels.relayout import exchange
 from structlin.machine import provenance
 from structlin.report import records
@@ -68,7 +70,7 @@ def rand(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def across_steps() -> None:
-    """S1: [t, g, k] x [g, (o i), k] -> [t, o, g, i]; S2: the copy alone."""
+    """S1: [t, g, k] x [g, (o i), k] -> [o, g, i, t], and the next step that reads it; S2: the copy alone."""
     cases = [  # name, groups, k, o, i
         ("monarch4 768->3072 first", 4, 192, 4, 48), ("monarch4 768->3072 second, gradient", 4, 768, 4, 48),
         ("monarch4 1024->4096 first", 4, 256, 4, 64), ("monarch4 1024->4096 second, gradient", 4, 1024, 4, 64),
@@ -80,11 +82,19 @@ def across_steps() -> None:
     for name, g, k, o, i in cases:
         a, w = rand(TOKENS, g, k), rand(g, o * i, k, scale=k**-0.5)
         z, y = (torch.empty(TOKENS, g, o * i, device=DEVICE, dtype=DTYPE) for _ in range(2))
-        row = {"gemm": kernels(lambda: torch.bmm(a.transpose(0, 1), w.transpose(1, 2), out=z.transpose(0, 1)))}
-        if i >= 16:
-            want = torch.einsum("tgk,gnk->tgn", a[:512].double(), w.double()).view(512, g, o, i).permute(0, 2, 1, 3)
-            assert error(across(a, w, g, k, o * i, i, True)[:512], want) < 5e-3
-            row["across_kernel"] = kernels(lambda: across(a, w, g, k, o * i, i, True))
+        last = torch.empty(g, o * i, TOKENS, device=DEVICE, dtype=DTYPE)
+        row = {
+            "gemm": kernels(lambda: torch.bmm(a.transpose(0, 1), w.transpose(1, 2), out=z.transpose(0, 1))),
+            "gemm_tokens_last": kernels(lambda: torch.bmm(w, a.permute(1, 2, 0), out=last)),
+        }
+        want = torch.einsum("tgk,gnk->gnt", a[:512].double(), w.double()).view(g, o, i, 512).permute(1, 0, 2, 3)
+        assert error(across(a, w, TOKENS, g, k, o * i, i, False, True)[..., :512], want) < 5e-3
+        row["across_kernel"] = kernels(lambda: across(a, w, TOKENS, g, k, o * i, i, False, True))
+        for_second, second = z.view(TOKENS, o, g * i), rand(o, 256, g * i)
+        row["second_gemm"] = kernels(lambda: torch.bmm(for_second.transpose(0, 1), second.transpose(1, 2)))
+        row["second_gemm_tokens_last"] = kernels(
+            lambda: torch.bmm(last.view(o, g * i, TOKENS).transpose(1, 2), second.transpose(1, 2))
+        )
         note("S1", name, row)
         exchange(z, y, g, o, i)
         assert torch.equal(y.view(TOKENS, o, g, i), z.view(TOKENS, g, o, i).permute(0, 2, 1, 3))
@@ -214,8 +224,35 @@ def recompute() -> None:
         note("S7", f"{spec} {d_in}->{d_out}", row)
 
 
+def sparse_blocks() -> None:
+    """S8: 16 x 16 blocks of 256, 4 in a row, looked up by copies or by the table."""
+    table = tuple(tuple(row ^ other for other in (0, 1, 2, 4)) for row in range(16))
+    used = tuple(tuple((block ^ other) + 4096 * slot for slot, other in enumerate((0, 1, 2, 4))) for block in range(16))
+    x, dy, w = rand(TOKENS, 16, 256), rand(TOKENS, 16, 256), rand(16, 256, 4, 256, scale=2**-5)
+    index = torch.tensor(table, device=DEVICE).flatten()
+
+    def gathered() -> Tensor:
+        found = x.index_select(1, index).view(TOKENS, 16, 1024)
+        return torch.bmm(found.transpose(0, 1), w.view(16, 256, 1024).transpose(1, 2)).transpose(0, 1)
+
+    assert error(sum_of_blocks(x, w, table, False), gathered().double()) < 5e-3
+    dense, flat = rand(4096, 4096), x.view(TOKENS, 4096)
+    row = {
+        "gather_and_bmm": kernels(gathered),
+        "table": kernels(lambda: sum_of_blocks(x, w, table, False)),
+        "table_added": kernels(lambda: sum_of_blocks(x, w, table, False, dy)),
+        "table_input_gradient": kernels(lambda: sum_of_blocks(dy, w, used, True)),
+        "table_weight_gradient": kernels(lambda: gradient_of_blocks(x, dy, table)),
+        "mm_of_equal_flops": kernels(lambda: flat[:, :1024] @ dense[:1024]),
+        "dense": kernels(lambda: flat @ dense),
+    }
+    note("S8", "16 blocks of 256, 4 in a row", row)
+
+
 if __name__ == "__main__":
     torch.manual_seed(SEED)
-    for spike in (across_steps, weight_gradients, tiny_blocks, dyad_terms, host_time, recompute):
-        spike()
+    spikes = {"S1": across_steps, "S3": weight_gradients, "S4": tiny_blocks, "S5": dyad_terms, "S6": host_time}
+    spikes |= {"S7": recompute, "S8": sparse_blocks}
+    for name in sys.argv[2:] or spikes:
+        spikes[name]()
         records.write(sys.argv[1], found)

@@ -35,6 +35,7 @@ CHOSEN = {
     "dense": "dense",
     "dyad": "dyad:nblocks=4",
     "einsum": "einsum:dims=4x2x4x2x4x4x1",
+    "gblr": "gblr:components=3:rank=2:width=0.4",
     "kronecker": "kronecker:in_dims=4x8:out_dims=4x8",
     "low_rank": "low_rank:rank=8",
     "monarch": "monarch:nblocks=4",

@@ -267,9 +267,39 @@ def test_only_forward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not any("backward" in name for record in records.read(out) for name in record["metrics"])
 
 
+def test_a_block_is_measured_beside_the_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    out = tmp_path / "block.json"
+    assert bench("--problem", "block monarch:nblocks=4@64x4", "--out", str(out)) == 0
+    found = {record["config"]["backend"]: record for record in records.read(out)}
+    assert list(found) == list(problems.BLOCK_CONTENDERS)
+    for record in found.values():
+        assert record["config"]["structure"] == "block monarch:nblocks=4"
+        assert record["metrics"]["error"] < 1e-5
+        assert record["metrics"]["eager_forward_backward_ms"] > 0
+    assert found["linear"]["metrics"]["eager_forward_backward_speedup"] == 1
+
+
+def test_a_block_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(module: nn.Module, **_: object) -> Callable[[Tensor], Tensor]:
+        structured = any(isinstance(part, StructuredLinear) for part in module.modules())
+        return lambda x: module(x) * (1.01 if structured else 1.0)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    out = tmp_path / "block.json"
+    assert bench("--problem", "block monarch:nblocks=4@64x4", "--out", str(out)) == 1
+    assert [record["status"] for record in records.read(out)] == ["ok", "failed", "failed"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--problem", "block monarch@65x4"], "--problem: 'block monarch@65x4': the width must be a multiple of 64"),
+        (
+            ["--problem", "block monarch@64"],
+            "--problem: 'block monarch@64' is not of the form block SPEC@",
+        ),
+        (["--problem", "block monarch:nblocks=5@64x4"], "--problem: 'block monarch:nblocks=5@64x4': nblocks=5"),
         (["--preset", "smok"], "--preset: 'smok' is unknown; did you mean 'smoke'?"),
         (["--problem", "monarch"], "--problem: 'monarch' is not of the form SPEC@OUTxIN"),
         (["--problem", "monach@4x4"], "--problem: unknown structure 'monach'"),

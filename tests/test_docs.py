@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import math
 import os
 import re
 import shutil
@@ -119,4 +120,55 @@ def measured_rows() -> list[str]:
 def test_measured_tables_are_those_of_the_record() -> None:
     page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
     missing = [row for row in measured_rows() if row not in page]
+    assert not missing, "\n".join(missing)
+
+
+def learning_rate_rows() -> list[str]:
+    """The table of docs/learning-rates.md, from the record that it quotes."""
+    curves: dict[tuple[str, str, int], dict[float, float]] = {}
+    for record in records.read(ROOT / "results" / "mup-h200.json"):
+        config, series = record["config"], record["series"]
+        curve = dict(zip(series["lr"], series["valid_loss"], strict=True))
+        curves[config["structure"], config["rule"], config["width"]] = curve
+    rows = []
+    for structure in dict.fromkeys(structure for structure, _, _ in curves):
+        cells = []
+        for rule in ("param_groups", "one rate"):
+            narrow, wide = curves[structure, rule, 128], curves[structure, rule, 512]
+            first, last = (min(curve, key=curve.__getitem__) for curve in (narrow, wide))
+            moved = f"2^{math.log2(first):.0f}, 2^{math.log2(last):.0f} | {math.log2(last / first):+.0f}"
+            cells.append(f"{moved} | {wide[last]:.3f} | {wide[first]:.3f}")
+        rows.append(f"| {structure} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_learning_rates_is_that_of_the_record() -> None:
+    page = (ROOT / "docs" / "learning-rates.md").read_text(encoding="utf-8")
+    missing = [row for row in learning_rate_rows() if row not in page]
+    assert not missing, "\n".join(missing)
+
+
+def building_rows() -> list[str]:
+    """The table of docs/bench.md on building layers, and the line on projection, from the record that they quote."""
+    metrics = {
+        record["name"].removeprefix("building "): record["metrics"]
+        for record in records.read(ROOT / "results" / "building-cpu.json")
+    }
+    rows = []
+    for name, model in metrics.items():
+        if name.startswith("7B model, "):
+            layer = metrics[name.removeprefix("7B model, ")]
+            numbers = (layer["per_parameter_over_linear"], 1e3 * layer["build_s"], 1e3 * layer["meta_first_s"])
+            times = (model["build_and_describe_s"], model["build_and_describe_cpu_s"])
+            cells = ("{:.2f}", "{:.1f}", "{:.1f}", "{:.2f}", "{:.2f}")
+            shown = " | ".join(cell.format(number) for cell, number in zip(cells, numbers + times, strict=True))
+            rows.append(f"| {name.removeprefix('7B model, ')} | {shown} |")
+        elif name.startswith("projection"):
+            rows.append(f"{model['project_s']:.1f} s by the clock and {model['project_cpu_s']:.1f} s of the processor")
+    return rows
+
+
+def test_building_table_is_that_of_the_record() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    missing = [row for row in building_rows() if row not in page]
     assert not missing, "\n".join(missing)

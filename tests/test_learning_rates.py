@@ -33,7 +33,8 @@ def specs():
         sl.LowRank(0.25) + sl.BlockDiagonal(4), sl.Kronecker() @ sl.Monarch(4),
     ]  # fmt: skip
     for cls in STRUCTURES.values():
-        if not any(type(spec) is cls for spec in found):
+        # trained masks decide how many inputs a factor sums over, which the rates do not follow
+        if cls is not sl.Gblr and not any(type(spec) is cls for spec in found):
             required = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
             defaults = [] if required else [cls()]
             found += [spec for spec in (*defaults, *(spec for spec, _ in cls.examples())) if fits(spec)][:1]

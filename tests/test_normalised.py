@@ -13,7 +13,9 @@ import structlin as sl
 from structlin import analysis
 from structlin.testing import assert_close, error, examples, inputs, make, plain
 
-every_example = pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)
+# factors under trained masks are parametrized already, and normalise_ refuses them
+UNMASKED = [(spec, shape) for spec, shape in examples() if not spec.masks(spec.plan(*shape))]
+every_example = pytest.mark.parametrize(("spec", "shape"), UNMASKED, ids=str)
 
 
 def normalised(spec, shape, dtype=torch.float64, scale=1.0):

@@ -81,7 +81,8 @@ def test_a_parametrized_factor_keeps_its_rate():
     ("lr", "decay"), [(-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (0.1, -1e-9), (0.1, float("nan"))]
 )
 def test_a_rate_that_is_none_is_refused(lr, decay):
-    with pytest.raises(ValueError, match=f"lr={lr} and weight_decay={decay} must be finite and not negative"):
+    wrong = f"weight_decay={decay}" if lr == 0.1 else f"lr={lr}"
+    with pytest.raises(ValueError, match=f"{wrong} must be finite and not negative"):
         sl.param_groups(mixed(), lr=lr, weight_decay=decay)
 
 
@@ -222,10 +223,11 @@ def defaults():
     for cls in STRUCTURES.values():
         try:
             spec = cls()
-            spec.plan(64, 64)
+            plan = spec.plan(64, 64)
         except (TypeError, ValueError):
             continue
-        yield spec
+        if not spec.masks(plan):
+            yield spec
 
 
 @pytest.mark.parametrize("width", [64, 256])

@@ -37,7 +37,7 @@ def fits(spec, shape):
 
 
 def test_all_structures_but_those_of_any_width_have_a_padded_example():
-    assert STRUCTURES.keys() - {spec.name for spec, _ in padded_examples()} == {"dense", "low_rank"}
+    assert STRUCTURES.keys() - {spec.name for spec, _ in padded_examples()} == {"dense", "gblr", "low_rank"}
 
 
 @padded

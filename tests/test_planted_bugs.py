@@ -192,7 +192,7 @@ def test_a_layer_that_ignores_autocast_turns_the_contract_red(monkeypatch):
 
 def test_a_structure_that_is_never_dense_but_runs_so_turns_the_contract_red(monkeypatch):
     def planted(self, x):
-        return F.linear(x, self._materialize(), self.bias)
+        return F.linear(x, self._materialize(self._factors()), self.bias)
 
     monkeypatch.setattr(sl.StructuredLinear, "forward", planted)
     contract_is_red("refuses_a_wrong_width|costs_what_it_says")

@@ -28,13 +28,13 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 
 LAYERS = (
     ("progress", "regroup", "version", "widths"),
-    ("plan",),
+    ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),
     ("structures", "kernels", "accuracy", "machine"),
     ("ops",),
     ("nn",),
-    ("surgery", "optim", "checkpoint", "guide", "densify", "moments", "testing", "describe"),
+    ("surgery", "optim", "shrinkage", "checkpoint", "guide", "densify", "moments", "testing", "describe"),
     ("",),
     ("models", "train", "bench"),
     ("report",),
@@ -45,10 +45,11 @@ SIDEWAYS = {
     ("checkpoint", "surgery"),
     ("densify", "moments"),
     ("densify", "surgery"),
+    ("bench", "models"),
     ("train", "models"),
     ("__main__", "cli"),
 }
-WITHOUT_TORCH = ("plan", "widths", "padding", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
 
 # besides what the package of structures exports
 PUBLIC = [
@@ -69,6 +70,7 @@ PUBLIC = [
     "register",
     "restore_choices",
     "save",
+    "shrinkage",
     "spec",
     "testing",
     "to_dense_",

@@ -1,6 +1,6 @@
 """Structured linear layers for PyTorch that make their saved FLOPs pay."""
 
-from . import analysis, spec, structures, testing
+from . import analysis, shrinkage, spec, structures, testing
 from .checkpoint import load, save
 from .densify import densify_
 from .guide import guide_
@@ -31,6 +31,7 @@ __all__ = [
     "register",
     "restore_choices",
     "save",
+    "shrinkage",
     "spec",
     "testing",
     "to_dense_",

@@ -18,7 +18,7 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 def num_params(plan: Plan) -> int:
-    """Number of weights in all factors (without a bias)."""
+    """Number of weights in all factors (without a bias, and without the places of trained masks)."""
     return sum(plan.size(step.w) for _, step in plan.factors.values())
 
 

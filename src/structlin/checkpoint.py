@@ -218,8 +218,9 @@ def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[
         weight = expected.pop(f"{name}.weight", None)
         if weight is None or weight.dim() != 2:
             raise ValueError(f"the model has no linear layer {name!r}, which was saved as {spec}")
-        for factor, shape in spec.plan(*weight.shape).shapes.items():
-            expected[f"{name}.{factor}"] = torch.empty(shape, dtype=weight.dtype, device="meta")
+        out_features, in_features = weight.shape
+        layer = StructuredLinear(in_features, out_features, spec, bias=False, device="meta")
+        expected |= {f"{name}.{key}": tensor.to(weight.dtype) for key, tensor in layer.state_dict().items()}
     return expected
 
 

@@ -46,6 +46,7 @@ def describe(spec: Spec, out_features: int, in_features: int, tokens: int = 1024
     rows = [
         *_labelled("padding", [text] if (text := described(plan)) else []),
         *_labelled("equation", str(plan).split("  +  ")),
+        *_labelled("masks", _masks(spec, plan)),
         *_costs(plan, tokens, dtype),
         *_labelled("runs", _runs(plan)),
     ]
@@ -115,6 +116,15 @@ def _drawable(spec: Spec, out_features: int, in_features: int) -> tuple[int, int
 
 def _labelled(label: str, values: Sequence[str]) -> list[tuple[str, str]]:
     return [(label if i == 0 else "", value) for i, value in enumerate(values)]
+
+
+def _masks(spec: Spec, plan: Plan) -> list[str]:
+    """What masks a factor, where something does; the costs of the plan are those of all features."""
+    return [
+        f"{name}: {len(mask.widths):,} trained intervals of {plan.shapes[name][mask.feature]:,} features, "
+        f"{sum(mask.widths) / len(mask.widths):.0%} wide at first in the mean; costs below are without them"
+        for name, mask in spec.masks(plan).items()
+    ]
 
 
 def _costs(plan: Plan, tokens: int, dtype: str) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ def carried(optimizer: Optimizer, layer: StructuredLinear, like: regroup.Group, 
     dtype = states[next(iter(states))][key].dtype
     along = {}
     for path, state in states.items():
-        group = regroup.find(optimizer, layer.get_parameter(path))
+        group = regroup.find(optimizer, stored(layer)[path])
         assert group is not None
         rate = float(group["lr"])
         along[path] = _velocity(state, group) * (1.0 if rate == lr else rate / lr)
@@ -118,14 +118,14 @@ def _matrix(layer: StructuredLinear, varied: dict[str, Tensor]) -> Tensor:
 
 def _pushed(layer: StructuredLinear, along: dict[str, Tensor]) -> Tensor:
     """``sum_i (dW/dF_i) along_i``, (out_features, in_features)."""
-    at = {path: _wide(layer.get_parameter(path).detach()) for path in along}
+    at = {path: _wide(stored(layer)[path].detach()) for path in along}
     moved: Tensor = jvp(lambda varied: _matrix(layer, varied), (at,), (along,))[1]
     return moved.T.contiguous()
 
 
 def _squared_norm(layer: StructuredLinear, paths: list[str]) -> Tensor:
     """``sum_i |dW/dF_i|^2`` in the Frobenius norm: what gradients of variance 1 bring to the factors in all."""
-    at = {path: _wide(layer.get_parameter(path).detach()) for path in paths}
+    at = {path: _wide(stored(layer)[path].detach()) for path in paths}
     matrix, pull = vjp(lambda varied: _matrix(layer, varied), at)  # type: ignore[misc]
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)

@@ -17,6 +17,7 @@ from torch import nn
 
 from . import analysis
 from .nn import StructuredLinear
+from .nn.boxcar import masks_of
 
 Shape = tuple[int, ...]
 
@@ -32,6 +33,8 @@ def param_groups(
     optimizer: str = "adam",
     base: nn.Module | None = None,
     depth: Mapping[str, float] | None = None,
+    multipliers: Mapping[str, float] | None = None,
+    structure_lr: float | None = None,
     independent_decay: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups in which ``lr`` means the same for dense and structured layers, and for every width.
@@ -41,8 +44,7 @@ def param_groups(
     ``base fan-in / fan-in`` under Adam, ``(out / base out) / (in / base in)`` under SGD, where biases, norms and
     embeddings get the growth of their size (Yang et al. 2021, table 3; Yang et al. 2023, the spectral condition). A
     readout needs no mark: its input grows and its output does not. Everything else, as the gain of a normalised factor,
-    gets ``lr``. Frozen parameters are left out; shared ones occur once, with the rate of the first module that has
-    them.
+    gets ``lr``. Frozen parameters are left out; shared ones occur once, at the rate of the first module with them.
 
     Args:
         model: any module.
@@ -54,6 +56,9 @@ def param_groups(
         depth: glob over module names -> how many times as many residual branches as the tuned model has; Adam's rates
             there are divided by its square root (Yang et al. 2024). For models that multiply each branch by
             ``1 / sqrt(number of branches)``; under SGD that multiplier is all that is needed.
+        multipliers: glob over module names -> factor on the rates there, as ``{"embedding": 8}``; the first glob that
+            matches counts. Embeddings often want a larger rate than matrices do.
+        structure_lr: learning rate of the widths and locations of trained masks; ``lr`` unless given.
         independent_decay: divide each group's decay by its scale, so that every matrix shrinks by
             ``lr * weight_decay`` in a step of AdamW or SGD, whatever its own rate.
 
@@ -61,24 +66,45 @@ def param_groups(
         A list of dictionaries with the keys "params", "lr" and "weight_decay", as every torch optimizer takes it.
 
     Raises:
-        ValueError: for an ``lr`` or ``weight_decay`` that is negative or not finite, a model without trainable
-            parameters, an unknown optimizer, a ``base`` that is not the same model, a parameter whose fan-in is not
-            known, and a glob of ``depth`` that matches nothing or a depth that is not positive.
+        ValueError: for a rate or decay that is negative or not finite, a model without trainable parameters, an unknown
+            optimizer, a ``base`` that is not the same model, a parameter whose fan-in is not known, and a glob of
+            ``depth`` or ``multipliers`` that matches nothing or whose number is not positive.
     """
-    if not (0 <= lr < float("inf") and 0 <= weight_decay < float("inf")):
-        raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be finite and not negative")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("structure_lr", structure_lr or 0.0)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value} must be finite and not negative")
     if optimizer not in analysis.OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is unknown; allowed: {', '.join(analysis.OPTIMIZERS)}")
-    scales = _structure(model, optimizer)
-    for more in (_width(model, base, optimizer) if base else {}, _depth(model, depth or {}, optimizer)):
-        scales = {parameter: scale * more.get(parameter, 1.0) for parameter, scale in scales.items()}
+    scales = _scales(model, optimizer, base, depth or {}, multipliers or {})
+    places = {parameter for mask in masks_of(model) for parameter in mask.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for parameter, scale in scales.items():
+        rate = structure_lr if structure_lr is not None and parameter in places else lr * scale
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups[lr * scale, decay / scale if independent_decay else decay].append(parameter)
+        groups[rate, decay / scale if independent_decay else decay].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _scales(
+    model: nn.Module,
+    optimizer: str,
+    base: nn.Module | None,
+    depth: Mapping[str, float],
+    multipliers: Mapping[str, float],
+) -> dict[nn.Parameter, float]:
+    """What multiplies the rate of every trainable parameter, in the order of the model."""
+    scales = _structure(model, optimizer)
+    branches = _by_glob(model, "depth", depth)
+    factors = [
+        _width(model, base, optimizer) if base else {},
+        {parameter: ratio**-0.5 if optimizer == "adam" else 1.0 for parameter, ratio in branches.items()},
+        _by_glob(model, "multipliers", multipliers),
+    ]
+    for factor in factors:
+        scales = {parameter: scale * factor.get(parameter, 1.0) for parameter, scale in scales.items()}
+    return scales
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -147,15 +173,16 @@ def _shape(module: nn.Module | None, name: str, model: nn.Module) -> Shape | Non
         return None
 
 
-def _depth(model: nn.Module, depth: Mapping[str, float], optimizer: str) -> dict[nn.Parameter, float]:
-    """The multiplier of every trainable parameter in a residual branch; the first glob that matches counts."""
+def _by_glob(model: nn.Module, name: str, values: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """The value of every trainable parameter whose module a glob matches, the first one that does."""
     owners = _owners(model)
-    for pattern, ratio in depth.items():
-        if not (0 < ratio < float("inf") and any(fnmatchcase(path, pattern) for path, _, _ in owners.values())):
+    for pattern, value in values.items():
+        if not (0 < value < float("inf") and any(fnmatchcase(path, pattern) for path, _, _ in owners.values())):
             allowed = "allowed: globs that match modules with trainable parameters, positive numbers"
-            raise ValueError(f"depth={{{pattern!r}: {ratio}}}; {allowed}")
-    scales: dict[nn.Parameter, float] = {}
+            raise ValueError(f"{name}={{{pattern!r}: {value}}}; {allowed}")
+    found: dict[nn.Parameter, float] = {}
     for parameter, (path, _, _) in owners.items():
-        ratio = next((ratio for pattern, ratio in depth.items() if fnmatchcase(path, pattern)), 1.0)
-        scales[parameter] = ratio**-0.5 if optimizer == "adam" else 1.0
-    return scales
+        matching = [value for pattern, value in values.items() if fnmatchcase(path, pattern)]
+        if matching:
+            found[parameter] = matching[0]
+    return found

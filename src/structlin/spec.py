@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
+from .masks import Boxcar
 from .padding import with_padding
 from .plan import Plan
 
@@ -78,6 +79,10 @@ class Spec:
         Name of a factor, or "bias", -> ("normal", standard deviation), ("uniform", bound) or ("orthogonal", singular
         value). A factor left out starts at spectral scale, a bias left out at zero.
         """
+        return {}
+
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Which factors of ``plan`` are multiplied by a trained mask: name of the factor -> mask, none unless given."""
         return {}
 
     def __add__(self, other: Spec) -> Spec:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from . import analysis
 from .nn import StructuredLinear
 from .nn.init import check as check_init
-from .nn.projection import check, project
+from .nn.projection import check
 from .plan import Plan
 from .progress import shown
 from .spec import Spec
@@ -112,7 +112,7 @@ def to_structured_(
             _refuse(model, names[name], dense, owners)
             plan = spec.plan(dense.out_features, dense.in_features)
             if weights == "project":
-                check(plan, dense.weight)
+                check(plan, dense.weight, spec.masks(plan))
             conversion.append(_swap(name, dense, spec, plan))
         except ValueError as error:
             problems.append(f"{name} ({dense.out_features}x{dense.in_features}): {error}")
@@ -254,12 +254,9 @@ def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredL
         dense.in_features, dense.out_features, spec, bias is not None, weight.device, weight.dtype, init=init
     )
     if weights == "project":
-        for name, value in project(layer.plan, weight).items():
-            layer.get_parameter(name).copy_(value)
+        layer.project_(weight)
         if layer.bias is not None:
             layer.bias.copy_(bias)
-    for name in layer.plan.factors:
-        layer.get_parameter(name).requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(bias.requires_grad)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_((bias if name == "bias" else weight).requires_grad)
     return layer.train(dense.training)

@@ -22,6 +22,7 @@ from .accuracy import assert_as_accurate as assert_as_accurate
 from .accuracy import assert_close as assert_close
 from .accuracy import error as error
 from .nn import StructuredLinear
+from .nn.boxcar import masks_of
 from .ops import backends_on, contract, reference
 from .plan import Table, num_blocks
 from .spec import STRUCTURES, Spec, parse
@@ -144,9 +145,11 @@ def _functional(layer: StructuredLinear) -> tuple[Callable[..., Tensor], tuple[T
 
 
 def has_right_gradients(spec: Spec, shape: Shape, device: str) -> None:
-    """First and second derivatives in input and parameters, real and complex."""
+    """First and second derivatives in input and parameters, real and complex, with no mask rounded."""
     for dtype in (torch.float64, torch.complex128):
         layer = make(spec, shape, device, dtype)
+        for mask in masks_of(layer):
+            mask.rounding = False
         run, parameters = _functional(layer)
         x = inputs(layer, 3).requires_grad_()
         for derivatives in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
@@ -161,7 +164,7 @@ def works_under_transforms(spec: Spec, shape: Shape, device: str) -> None:
     layer = make(spec, shape, device)
     run, parameters = _functional(layer)
     x, dx = inputs(layer, 3), inputs(layer, 3).flip(0)
-    dense, bias = layer.to_dense().weight.detach(), parameters[-1]
+    dense, bias = layer.to_dense().weight.detach(), layer.get_parameter("bias")
 
     def loss(parameters: tuple[Tensor, ...]) -> Tensor:
         return run(x, *parameters).square().sum()
@@ -181,19 +184,18 @@ def works_under_transforms(spec: Spec, shape: Shape, device: str) -> None:
 
 
 def costs_what_it_says(spec: Spec, shape: Shape, device: str) -> None:
-    """Parameters and FLOPs of the plan are those that PyTorch counts."""
+    """Parameters (but for those of masks) and FLOPs of the plan are those that PyTorch counts."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where that is installed
 
     layer, tokens = make(spec, shape, device, bias=False), 7
-    x = inputs(layer, tokens)
+    x, said = inputs(layer, tokens), tokens * analysis.flops(layer.plan)
     for run in (lambda: layer(x), lambda: plain(layer, x)):
         with FlopCounterMode(display=False) as counted:
             run()
-        if counted.get_total_flops() != tokens * analysis.flops(layer.plan):
-            raise AssertionError(
-                f"{counted.get_total_flops()} FLOPs counted, {analysis.flops(layer.plan)} per token said"
-            )
-    if sum(p.numel() for p in layer.parameters()) != analysis.num_params(layer.plan):
+        if counted.get_total_flops() != said:
+            raise AssertionError(f"{counted.get_total_flops()} FLOPs counted, {said} said")
+    placed = sum(p.numel() for mask in masks_of(layer) for p in mask.parameters())
+    if sum(p.numel() for p in layer.parameters()) != analysis.num_params(layer.plan) + placed:
         raise AssertionError("num_params is not the number of elements")
 
 
@@ -216,7 +218,7 @@ def starts_at_spectral_scale(spec: Spec, shape: Shape, device: str) -> None:
     for name in plan.factors:
         fan_in, fan_out = analysis.fan(plan, name)
         wanted = (min(1, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5
-        factor = layer.get_parameter(name)
+        factor = layer.stored(name)
         slack = 4 / factor.numel() ** 0.5  # four standard errors of a standard deviation, and more
         if not abs(factor.std().item() / wanted - 1) < slack:
             raise AssertionError(f"{name} has standard deviation {factor.std().item():.3g}, not {wanted:.3g}")
@@ -310,11 +312,9 @@ def passes_opcheck(spec: Spec, shape: Shape, device: str) -> None:
     layer = make(spec, shape, device)
     for name, (_, step) in layer.plan.factors.items():
         z = torch.randn(3, *layer.plan.shape(step.x), dtype=torch.float64, device=device).requires_grad_()
-        torch.library.opcheck(torch.ops.structlin.contract.default, (z, layer.get_parameter(name), step.equation))
-        assert_close(
-            contract(z, layer.get_parameter(name), step.equation),
-            reference.contract(z, layer.get_parameter(name), step.equation),
-        )
+        w = layer.stored(name)
+        torch.library.opcheck(torch.ops.structlin.contract.default, (z, w, step.equation))
+        assert_close(contract(z, w, step.equation), reference.contract(z, w, step.equation))
 
 
 CONTRACT: tuple[Promise, ...] = (

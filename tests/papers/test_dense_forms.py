@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,30 @@ def einsum(spec, first, second):
     x = torch.eye(g * b * a, dtype=FLOAT).reshape(-1, g, b, a)
     z = torch.einsum("tgba,fdrga->tfdrgb", x, core_a)
     return torch.einsum("tfdrgb,fergb->tfed", z, core_b).reshape(g * b * a, -1).T
+
+
+def gaudi_mask(n, width, location, sigma):
+    """Lee et al. 2024, the Gaussian-Dirichlet mask, with normalised sinc."""
+    f = np.arange(n // 2 + 1)
+    box = width * np.sinc(f * width) / np.sinc(f / n) * np.exp(-(f**2) / (2 * sigma**2))
+    phase = -2 * np.pi * f * location + np.pi * f * (1 / n - width)
+    return torch.from_numpy(np.fft.irfft(box * np.exp(1j * phase), n, norm="forward"))
+
+
+def gblr(spec, down, up):
+    """Lee et al. 2024: W = sum_k (m2_k * u_k) (m1_k * v_k)^T; widths "splr", locations "linspace"."""
+    components, half = len(down), spec.width / 2
+    weight = torch.zeros(len(up), down.shape[-1], dtype=FLOAT)
+    for k in range(components):
+        width, location, ends = 1 if k < round(half * components) else half / (1 - half), k / components, []
+        for n in weight.shape:
+            if spec.rounding:
+                boxcar = torch.tensor([1.0] * round(n * width) + [0.0] * (n - round(n * width)), dtype=FLOAT)
+                ends.append(boxcar.roll(round(n * location)))
+            else:
+                ends.append(gaudi_mask(n, width, location, spec.sigma))
+        weight += (ends[0][:, None] * up[:, k]) @ (ends[1] * down[k])
+    return weight
 
 
 def chain(spec, w1, w2):
@@ -252,6 +277,7 @@ DENSE_FORMS = {
     "einsum": einsum,
     "chain": chain,
     "pixelfly": pixelfly,
+    "gblr": gblr,
 }
 
 
@@ -264,7 +290,7 @@ def test_is_the_papers_matrix(spec, shape):
     """Where widths are padded the layer is the first rows and columns of the matrix."""
     torch.manual_seed(0)
     layer = sl.StructuredLinear(shape[1], shape[0], spec, bias=False, dtype=FLOAT)
-    expected = DENSE_FORMS[spec.name](spec, *(getattr(layer, name).detach() for name in layer.plan.factors))
+    expected = DENSE_FORMS[spec.name](spec, *(layer.stored(name).detach() for name in layer.plan.factors))
     torch.testing.assert_close(layer.to_dense().weight.detach(), expected[: shape[0], : shape[1]])
 
 

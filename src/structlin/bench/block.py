@@ -19,7 +19,7 @@ from ..surgery import to_structured_
 from . import timing
 from .contenders import FORWARD_BACKWARD, LINEAR, ModuleContender
 from .problems import BLOCK_CONTENDERS, HEAD, BlockProblem
-from .race import NO_GRAPH, Metrics, Outcome, race
+from .race import MEANS, NO_GRAPH, NOT_TRIED, Metrics, Outcome, race
 from .settings import DTYPES, Settings
 
 
@@ -57,6 +57,8 @@ def build(problem: BlockProblem, device: torch.device, dtype: torch.dtype) -> di
 def measure(problem: BlockProblem, settings: Settings, clock: timing.Clock) -> list[Outcome]:
     """Time every block in turns, forward and backward: its name, metrics, what became of its graph, why it failed.
 
+    A block whose output is off by more than twice what the dense one is off by is not timed.
+
     Raises:
         RuntimeError: when a block cannot run, out of memory for one.
     """
@@ -71,20 +73,26 @@ def measure(problem: BlockProblem, settings: Settings, clock: timing.Clock) -> l
     torch._dynamo.reset()
     found: dict[str, ModuleContender] = {}
     metrics: dict[str, Metrics] = {}
+    wrong: dict[str, str] = {}
     for name, module in build(problem, clock.device, dtype).items():
         compiled = torch.compile(module, fullgraph=True, dynamic=False)
-        found[name] = ModuleContender(module, inputs, compiled)
-        metrics[name] = {"error": _error(module, compiled, inputs[0][0])}
+        error = _error(module, compiled, inputs[0][0])
+        metrics[name] = {"error": error}
+        allowed = 2 * (metrics[LINEAR]["error"] or 0) + 2 * torch.finfo(dtype).eps
+        if error <= allowed:
+            found[name] = ModuleContender(module, inputs, compiled)
+        else:
+            wrong[name] = f"not timed, because it is wrong: off by {error:.2g}, allowed: {allowed:.2g}"
     graphs = dict.fromkeys(found, NO_GRAPH)
     for name, times in race(settings, clock, found, FORWARD_BACKWARD, sets, graphs).items():
         metrics[name] |= times
-    for means in ("eager", "graph"):
+    for means in MEANS:
         key = f"{means}_{FORWARD_BACKWARD}"
         dense = metrics[LINEAR].get(f"{key}_ms")
         for own in metrics.values():
             ms = own.get(f"{key}_ms")
             own[f"{key}_speedup"] = dense / ms if dense and ms else None
-    return [(name, metrics[name], graphs[name], None) for name in found]
+    return [(name, metrics[name], graphs.get(name, NOT_TRIED), wrong.get(name)) for name in metrics]
 
 
 def _error(module: nn.Module, compiled: Callable[[Tensor], Tensor], x: Tensor) -> float:

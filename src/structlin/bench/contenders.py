@@ -91,7 +91,7 @@ class EinsumLayer(nn.Module):
             for term in plan.terms
         ]
         for name in plan.factors:
-            self.register_parameter(name, nn.Parameter(layer.get_parameter(name).detach()))
+            self.register_parameter(name, nn.Parameter(getattr(layer, name).detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features]."""

@@ -34,7 +34,7 @@ def columns(records: Sequence[Record]) -> list[tuple[str, Cell]]:
         for mode, mode_name in MODE_NAMES.items()
         for means, suffix in (("eager", ""), ("graph", ", graph"))
     ]
-    last = MODES[1] if any(f"{MODES[1]}_tflops" in record["metrics"] for record in records) else MODES[0]
+    last = MODES[1] if any(f"eager_{MODES[1]}_ms" in record["metrics"] for record in records) else MODES[0]
     found += [
         ("TFLOP/s", partial(_number, key=f"{last}_tflops", form="{:.3g}")),
         ("GB/s", partial(_number, key=f"{last}_gbps", form="{:.3g}")),

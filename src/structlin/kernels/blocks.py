@@ -9,6 +9,7 @@ inside the loop would stop the pipeline; so a row may have 8 entries of numbers 
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 
 import torch
 import triton
@@ -41,18 +42,16 @@ def _sum_of_blocks(
             k = j % chunks * BLOCK_K
             found = (tl.where(entry < 4, first, second) >> (entry % 4 * 16)).to(tl.int32) & 65535
             block = found % 4096
-            x = x_desc.load([t, block, k]).reshape(BLOCK_T, BLOCK_K)
+            x = x_desc.load([t, block * K + k])
             if TRANSPOSED:
-                w = w_desc.load([block, k, found // 4096, n]).reshape(BLOCK_K, BLOCK_N)
-                acc = tl.dot(x, w, acc)
+                acc = tl.dot(x, w_desc.load([block * K + k, found // 4096 * N + n]), acc)
             else:
-                w = w_desc.load([row, n, entry, k]).reshape(BLOCK_N, BLOCK_K)
-                acc = tl.dot(x, w.T, acc)
-        if ADD:  # not through shared memory, which the operands fill
+                acc = tl.dot(x, w_desc.load([row * N + n, entry * K + k]).T, acc)
+        if ADD:
             at = (t + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
             there = y_ptr + at * (ROWS * N) + (row * N + n + tl.arange(0, BLOCK_N))[None, :]
             acc += tl.load(there, mask=at < tokens).to(tl.float32)
-        y_desc.store([t, row, n], acc.to(y_desc.dtype).reshape(BLOCK_T, 1, BLOCK_N))
+        y_desc.store([t, row * N + n], acc.to(y_desc.dtype))
 
 
 @triton.jit
@@ -71,10 +70,8 @@ def _gradient_of_blocks(
     block = (tl.load(table + 2 * row + slot // 4) >> (slot % 4 * 16)).to(tl.int32) % 4096
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for t in tl.range(0, tokens, BLOCK_T):
-        dy = dy_desc.load([t, row, n]).reshape(BLOCK_T, BLOCK_N)
-        x = x_desc.load([t, block, k]).reshape(BLOCK_T, BLOCK_K)
-        acc = tl.dot(dy.T, x, acc)
-    dw_desc.store([row, n, slot, k], acc.to(dw_desc.dtype).reshape(1, BLOCK_N, 1, BLOCK_K))
+        acc = tl.dot(dy_desc.load([t, row * N + n]).T, x_desc.load([t, block * K + k]), acc)
+    dw_desc.store([row * N + n, slot * K + k], acc.to(dw_desc.dtype))
 
 
 def fits(rows: int, blocks: int, slots: int, uses: int, n: int, k: int) -> bool:
@@ -105,18 +102,23 @@ def sum_of_blocks(
     tokens, _, inner = x.shape
     outer = w.shape[3] if transposed else w.shape[1]
     y = x.new_empty(tokens, len(table), outer) if into is None else into.view(tokens, len(table), outer)
-    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 else (128, 128, 4, 4)
+    # what is added passes through shared memory, and there is room for it beside smaller tiles only
+    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and into is None else (128, 128, 4, 4)
     columns = min(columns, outer & -outer)
-    w_block = [1, 64, 1, columns] if transposed else [1, columns, 1, 64]
+    w_block = [64, columns] if transposed else [columns, 64]
     _sum_of_blocks[(_programs(x.device),)](
-        TensorDescriptor(x, x.shape, x.stride(), [rows, 1, 64]),
-        TensorDescriptor(w, w.shape, w.stride(), w_block),
-        TensorDescriptor(y, y.shape, y.stride(), [rows, 1, columns]), y,
+        _tiles(x, 1, [rows, 64]), _tiles(w, 2, w_block), _tiles(y, 1, [rows, columns]), y,
         _packed(table, x.device), tokens, _programs(x.device),
         len(table), len(table[0]), outer, inner, transposed, into is not None, rows, columns, 64,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
+
+
+def _tiles(x: Tensor, rows: int, block: list[int]) -> TensorDescriptor:
+    """Tiles of a contiguous tensor read as a matrix, the first ``rows`` axes as its rows."""
+    shape = [prod(x.shape[:rows]), prod(x.shape[rows:])]
+    return TensorDescriptor(x, shape, [shape[1], 1], block)
 
 
 def gradient_of_blocks(x: Tensor, dy: Tensor, table: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -130,9 +132,7 @@ def gradient_of_blocks(x: Tensor, dy: Tensor, table: tuple[tuple[int, ...], ...]
     rows, columns = min(128, n & -n), min(256, k & -k)
     grid = (len(table) * (n // rows) * slots * (k // columns),)
     _gradient_of_blocks[grid](
-        TensorDescriptor(dy, dy.shape, dy.stride(), [64, 1, rows]),
-        TensorDescriptor(x, x.shape, x.stride(), [64, 1, columns]),
-        TensorDescriptor(dw, dw.shape, dw.stride(), [1, rows, 1, columns]),
+        _tiles(dy, 1, [64, rows]), _tiles(x, 1, [64, columns]), _tiles(dw, 2, [rows, columns]),
         _packed(table, x.device), tokens, slots, n, k, rows, columns, 64,
         num_warps=8 if columns == 256 else 4, num_stages=3,
     )  # fmt: skip

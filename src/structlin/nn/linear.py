@@ -19,6 +19,9 @@ from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
 from . import init as initialisation
+from .boxcar import BoxcarMask, masks_of
+from .boxcar_projection import project_blocks
+from .projection import check, project
 
 if TYPE_CHECKING:
     from .guide import Guide
@@ -50,7 +53,8 @@ class StructuredLinear(nn.Module):
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
-    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation.
+    The factors are parameters named as the plan names them, contiguous, stored with the axes of its equation. One that
+    the structure masks is parametrized: the attribute is the masked factor, `stored` the parameter behind it.
 
     Raises:
         ValueError: when the shape does not fit the structure, or an input the layer, or the backend the device.
@@ -87,6 +91,9 @@ class StructuredLinear(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        for name, boxcar in spec.masks(self.plan).items():
+            mask = BoxcarMask(boxcar, self.plan.shapes[name][boxcar.feature], device, dtype)
+            parametrize.register_parametrization(self, name, mask, unsafe=True)  # it keeps shape and dtype
         self._dense = next(iter(self.plan.factors)) if self.plan.is_dense else None
         self.backend = os.environ.get("STRUCTLIN_BACKEND", backend) if backend == "auto" else backend
         self.reset_parameters()
@@ -114,12 +121,55 @@ class StructuredLinear(nn.Module):
         if self.zero_last:
             draws |= dict.fromkeys(("bias", *(term.names[-1] for term in self.plan.terms)), initialisation.ZERO)
         for name in self.plan.factors:
-            factor: Tensor = getattr(self, name)
-            drawn = initialisation.fill_(factor, draws[name], self.plan, name)
+            drawn = initialisation.fill_(self.stored(name), draws[name], self.plan, name)
             if parametrize.is_parametrized(self, name):
-                setattr(self, name, drawn)  # what was filled is its value, a tensor of its own
+                self._put(name, drawn.clone())
+        for mask in masks_of(self):
+            mask.reset_parameters()
         if self.bias is not None:
             initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
+
+    @torch.no_grad()
+    def project_(self, weight: Tensor, inputs: Tensor | None = None) -> Self:
+        """Take the factors nearest to ``weight`` (out_features, in_features), in place; the bias stays.
+
+        As `project`; where the structure has trained masks, blocks are found and the edges of the masks become hard.
+
+        Raises:
+            ValueError: as `project`, for a weight of more dimensions, and for inputs or a sum where there are masks.
+                The layer is unchanged then.
+        """
+        masks = self.spec.masks(self.plan)
+        if weight.dim() != 2:
+            raise ValueError(f"a layer takes one weight (out_features, in_features), not {tuple(weight.shape)}")
+        check(self.plan, weight, masks)
+        if masks and inputs is not None:
+            raise ValueError(f"{self.spec} has trained masks and cannot be fitted to inputs; project without inputs")
+        if not masks:
+            for name, value in project(self.plan, weight, inputs).items():
+                self._put(name, value)
+            return self
+        for name, (value, widths, locations) in project_blocks(self.plan, masks, weight).items():
+            self.stored(name).copy_(value)
+            mask = self.get_submodule(f"parametrizations.{name}.0")
+            assert isinstance(mask, BoxcarMask)
+            mask.widths.copy_(widths)
+            mask.locations.copy_(locations)
+            mask.sigma.fill_(torch.inf)
+        return self
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Make ``value`` that of a factor; under a mask, that of what is masked."""
+        if parametrize.is_parametrized(self, name) and name not in self.spec.masks(self.plan):
+            setattr(self, name, value)
+        else:
+            self.stored(name).copy_(value)
+
+    def stored(self, name: str) -> nn.Parameter:
+        """The parameter that holds the factor ``name``, before any parametrization of it."""
+        if parametrize.is_parametrized(self, name):
+            return self.get_parameter(f"parametrizations.{name}.original")
+        return self.get_parameter(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
@@ -136,7 +186,7 @@ class StructuredLinear(nn.Module):
             check_dtype(autocast_dtype(x), autocast_dtype(weight))
             y = F.linear(x, weight, self.bias)
         else:
-            y = self._multiply(tokens, backend)
+            y = self._multiply(tokens, self._factors(), backend)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
             # contiguous, as that of nn.Linear is, where padding was cut off
@@ -159,9 +209,11 @@ class StructuredLinear(nn.Module):
             )
         return self._backend
 
-    def _multiply(self, tokens: Tensor, backend: str) -> Tensor:
+    def _factors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.plan.factors]
+
+    def _multiply(self, tokens: Tensor, factors: list[Tensor], backend: str) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
-        factors = [getattr(self, name) for name in self.plan.factors]
         if self._padding[1]:
             tokens = F.pad(tokens, (0, self._padding[1]))
         if self._step_backend == "bmm":
@@ -175,8 +227,7 @@ class StructuredLinear(nn.Module):
         self._weight = None
         return super().train(mode)
 
-    def _materialize(self) -> Tensor:
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+    def _materialize(self, factors: list[Tensor]) -> Tensor:
         kind = factors[0].device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return dense.weight(self.plan, factors)
@@ -191,15 +242,15 @@ class StructuredLinear(nn.Module):
         """
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
-            return self._materialize()
+            return self._materialize(self._factors())
         captured = choice.capturing(stored[0].device)
         if self._backend == "auto" and (self.training or captured):
-            return self._materialize()
+            return self._materialize(self._factors())
         key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
         if self._weight is None or self._weight[0] != key:
             if captured:
-                return self._materialize()  # it is not there before the graph is replayed
-            self._weight = key, self._materialize()
+                return self._materialize(self._factors())  # it is not there before the graph is replayed
+            self._weight = key, self._materialize(self._factors())
         return self._weight[1]
 
     @torch.no_grad()
@@ -209,29 +260,18 @@ class StructuredLinear(nn.Module):
         Its weight is that of the dense backend, the factors multiplied with each other. Half precision factors are
         multiplied in float32 and rounded once.
         """
-        factors: list[Tensor] = [getattr(self, name) for name in self.plan.factors]
+        factors = self._factors()
         device, dtype = factors[0].device, factors[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        twin = self if dtype == wide else self._in_dtype(wide)
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
-        weight, guide = twin._materialize(), self._modules.get("guide")
+        weight, guide = self._materialize([factor.to(wide) for factor in factors]), self._modules.get("guide")
         dense.weight.copy_(weight if guide is None else cast("Guide", guide).mixed(weight))
-        dense.weight.requires_grad_(any(p.requires_grad for p in self._weights()))
+        dense.weight.requires_grad_(any(p.requires_grad for name, p in self.named_parameters() if name != "bias"))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
-
-    def _weights(self) -> list[nn.Parameter]:
-        """What is stored of the factors, with the parameters of their parametrizations."""
-        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
-
-    def _in_dtype(self, dtype: torch.dtype) -> StructuredLinear:
-        twin = StructuredLinear(self.in_features, self.out_features, self.spec, bias=False, device="meta", dtype=dtype)
-        state = {name: getattr(self, name).to(dtype) for name in self.plan.factors}
-        twin.load_state_dict(state, assign=True)
-        return twin
 
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)

@@ -9,14 +9,17 @@ has no closed form is fitted by alternating least squares (`least_squares`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import Boxcar
 from ..plan import Plan, Term
 from . import least_squares, shared_bases
+from .boxcar_projection import refuse
 from .least_squares import matrix
 from .trains import is_train, project_train
 
@@ -101,11 +104,12 @@ def _nearest(plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: T
     return _fit_sum(plan, weight, start, None)
 
 
-def check(plan: Plan, weight: Tensor) -> None:
-    """Whether `project` can do this, found out without the work.
+def check(plan: Plan, weight: Tensor, masks: Mapping[str, Boxcar] | None = None) -> None:
+    """Whether `project`, or with trained ``masks`` `project_blocks`, can do this, found out without the work.
 
     Raises:
-        ValueError: for a weight of another shape, without values (on the meta device) or with NaN or infinite ones.
+        ValueError: for a weight of another shape, without values (on the meta device) or with NaN or infinite ones, or
+            a plan that cannot be fitted.
     """
     if tuple(weight.shape[-2:]) != (plan.out_features, plan.in_features):
         raise ValueError(f"the weight is {tuple(weight.shape)}, the plan {(plan.out_features, plan.in_features)}")
@@ -113,6 +117,8 @@ def check(plan: Plan, weight: Tensor) -> None:
         raise ValueError("the weight is on the meta device and has no values to project")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has NaN or infinite entries; there is no nearest structured matrix")
+    if masks:
+        refuse(plan, masks)
     for term in plan.terms:
         row = term.x[:1] if term.table is not None else term.y[:1] if term.out_table is not None else ()
         both = term.table is not None and term.out_table is not None

@@ -10,7 +10,7 @@ from ..plan import Table, num_blocks
 from .equation import parse
 from .lookup import uses
 from .lowering import Chain
-from .moves import has_triton
+from .moves import aligned, has_triton
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Blocks:
         """Multiply, or add the product to ``into``."""
         from ..kernels.blocks import gradient_of_blocks, sum_of_blocks
 
-        a, b = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (a.view(self.a), b.view(self.b)))
+        a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         if self.which == "wgrad":
             assert into is None
             return gradient_of_blocks(a, b, self.table)

@@ -42,6 +42,11 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied if it does not start where the tensor memory accelerator can read."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 @dataclass(frozen=True)
 class Relayout:
     """A permutation of the axes of a contiguous tensor whose first axis is that of the tokens.

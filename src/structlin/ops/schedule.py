@@ -23,7 +23,7 @@ from .blocks import Blocks, blocks
 from .equation import parse
 from .gemm import plan_contiguous
 from .lowering import Chain, Stage, program
-from .moves import Kernels, Move, Relayout, both_ways, has_triton, looked_up, relayout
+from .moves import Kernels, Move, Relayout, aligned, both_ways, has_triton, looked_up, relayout
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,6 @@ def multiply_then(gemm: Multiply, move: Move | None, a: Tensor, b: Tensor, into:
         a, b = aligned(a), aligned(b)
         return across(a, b, move.shape[0], plain.groups, plain.k, plain.n, move.swap[2], plain.a_last, plain.k_inner)
     return move.run(gemm.run(a, b), into)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x``, copied if it does not start where the tensor memory accelerator can read."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from .chain import Chain
 from .dense import Dense
 from .dyad import Dyad
 from .einsum import Einsum
+from .gblr import Gblr
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .monarch import Monarch
@@ -26,6 +27,7 @@ __all__ = [
     "Dense",
     "Dyad",
     "Einsum",
+    "Gblr",
     "Kronecker",
     "LowRank",
     "Monarch",

@@ -13,6 +13,7 @@ from math import lcm
 from operator import matmul
 from typing import Self
 
+from ..masks import Boxcar
 from ..plan import Plan
 from ..spec import Spec, register
 from .block_diagonal import BlockDiagonal
@@ -59,6 +60,15 @@ class Sum(Spec):
         factors, each = _passed_on(plan, parts)
         return factors | next(({"bias": own["bias"]} for own in each if "bias" in own), {})
 
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Those of the terms, whose factors stand in their order."""
+        names, masks = iter(plan.factors), dict[str, Boxcar]()
+        for term in self.terms:
+            own = term.plan(*plan.padded)
+            found = term.masks(own)
+            masks |= {new: found[name] for name, new in zip(own.factors, names, strict=False) if name in found}
+        return masks
+
     def __str__(self) -> str:
         return _with_padding("+".join(map(str, self.terms)), self.pad)
 
@@ -93,8 +103,12 @@ class Product(Spec):
 
     def _plans(self, out_features: int, in_features: int) -> list[Plan]:
         inner = [self.width or min(out_features, in_features)] * (len(self.factors) - 1)
-        rows, columns = (out_features, *inner), (*inner, in_features)
-        return [f.plan(o, i) for f, o, i in zip(self.factors, rows, columns, strict=True)]
+        shapes = zip((out_features, *inner), (*inner, in_features), strict=True)
+        plans = [factor.plan(*shape) for factor, shape in zip(self.factors, shapes, strict=True)]
+        for factor, plan in zip(self.factors, plans, strict=True):
+            if factor.masks(plan):
+                raise ValueError(f"{factor} has trained masks, which a product cannot keep: {self}; use it by itself")
+        return plans
 
     def reference_init(self, plan: Plan) -> Draws:
         """Every structure as it is drawn alone; the bias as by the one that is applied last."""
@@ -129,6 +143,10 @@ class Transpose(Spec):
     def reference_init(self, plan: Plan) -> Draws:
         """The matrix that is transposed as it is drawn; the bias at zero, as it adds to the other side."""
         return {name: draw for name, draw in self.of.reference_init(plan.T).items() if name != "bias"}
+
+    def masks(self, plan: Plan) -> dict[str, Boxcar]:
+        """Those of the structure, whose factors are stored alike."""
+        return self.of.masks(plan.T)
 
     @property
     def T(self) -> Spec:
