@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gpt import Block, GPTConfig, angles
-from ..nn import StructuredLinear
+from ..nn import StructuredLinear, tune
 from ..surgery import to_structured_
 from . import timing
 from .contenders import FORWARD_BACKWARD, LINEAR, ModuleContender
@@ -75,6 +75,8 @@ def measure(problem: BlockProblem, settings: Settings, clock: timing.Clock) -> l
     metrics: dict[str, Metrics] = {}
     wrong: dict[str, str] = {}
     for name, module in build(problem, clock.device, dtype).items():
+        if name != LINEAR and clock.device.type == "cuda":
+            tune(module, tokens)  # compiled code measures nothing itself
         compiled = torch.compile(module, fullgraph=True, dynamic=False)
         error = _error(module, compiled, inputs[0][0])
         metrics[name] = {"error": error}
