@@ -8,7 +8,11 @@ from structlin.nn.explain import layer_key
 from structlin.ops import choice, measure
 from structlin.testing import assert_close, inputs, make, plain
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # said once by the thread of the first backward pass of a process
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 
 @pytest.fixture

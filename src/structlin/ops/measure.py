@@ -104,6 +104,7 @@ def _apart(device: torch.device, body: Callable[[], Result]) -> Result:
     def run() -> Result:
         if stream is None:
             return body()
+        torch.cuda.synchronize(device)  # makes the context that of this thread
         with torch.cuda.stream(stream):
             return body()
 
