@@ -104,7 +104,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 def measured_rows() -> list[str]:
-    """The table of docs/bench.md, from the record that it quotes."""
+    """The tables of docs/performance.md, from the records that it quotes."""
     times: dict[str, dict[str, dict[str, float]]] = {}
     for record in records.read(ROOT / "results" / "bench-h200.json"):
         times.setdefault(record["config"]["problem"], {})[record["config"]["backend"]] = record["metrics"]
@@ -117,9 +117,24 @@ def measured_rows() -> list[str]:
     return rows
 
 
+def block_rows() -> list[str]:
+    """The table of blocks of docs/performance.md, from the record that it quotes."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records.read(ROOT / "results" / "blocks-h200.json"):
+        shape = record["config"]["problem"].split("@")[1].replace("x", ", ")
+        found.setdefault(shape, {})[record["config"]["backend"]] = record["metrics"]
+    rows = []
+    for shape, by in found.items():
+        ours = [f"{by[name]['graph_forward_backward_speedup']:.2f}" for name in ("auto", "recompute")]
+        memory = [f"{metrics['forward_backward_peak_bytes'] / 1e6:.0f}" for metrics in by.values()]
+        times = [f"{by['linear']['graph_forward_backward_ms']:.3f}", *ours]
+        rows.append(f"| {shape} | {' | '.join([*times, *memory])} |")
+    return rows
+
+
 def test_measured_tables_are_those_of_the_record() -> None:
-    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
-    missing = [row for row in measured_rows() if row not in page]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    missing = [row for row in measured_rows() + block_rows() if row not in page]
     assert not missing, "\n".join(missing)
 
 
