@@ -12,7 +12,7 @@ from structlin import analysis
 from structlin.spec import parse
 from structlin.testing import assert_close, examples, make
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
 PICTURES = ROOT / "docs" / "img" / "structures"
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
