@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_compare(commands)
     add_bench(commands)
     add_describe(commands)
+    add_eval(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
@@ -117,6 +118,22 @@ def add_describe(commands: Any) -> None:
     add("--tokens", type=_whole, default=1024, metavar="N", help="rows of the input, for the bytes; default: 1024")
     add("--dtype", default="bfloat16", metavar="NAME", help="of inputs and weights, for the bytes; default: bfloat16")
     add("--png", metavar="FILE.png", help="draw the magnitudes of a random member, so that its pattern shows")
+
+
+def add_eval(commands: Any) -> None:
+    """Declare ``structlin eval``."""
+    from .evaluate import cli
+
+    parser = commands.add_parser(
+        "eval",
+        help="loss on a text, minimal pairs and few-shot prompts for a language model",
+        description="Evaluate a causal language model in a folder, dense or structured: loss, perplexity and bits per "
+        "byte on a text, accuracy on minimal pairs (BLiMP), k-shot prompts over classification tasks. Print a table "
+        "with standard errors and write records.",
+        allow_abbrev=False,
+    )
+    cli.add_arguments(parser)
+    parser.set_defaults(run=cli.main)
 
 
 def describe(options: argparse.Namespace, command: str) -> int:
