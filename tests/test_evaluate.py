@@ -185,6 +185,7 @@ def test_windows_predict_every_token_once(length: int, context: int, stride: int
     ids = list(range(100, 100 + length))
     found = list(loss.windows(ids, 7, context, stride))
     assert [token for window in found for token in window.target] == ids
+    assert len(found[0].target) == min(length, context)
     known = [7, *ids]
     for window in found:
         given = [*window.context, *window.target[:-1]]

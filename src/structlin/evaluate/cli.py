@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--bos", metavar="TOKEN", help="token before every text; default: the tokenizer's bos token, else its eos token"
     )
-    add("--context", type=_whole, metavar="N", help="most tokens read at once; default: what the model's config says")
-    add("--stride", type=_whole, metavar="N", help="loss: tokens that each window predicts; default: the context")
+    add("--context", type=whole, metavar="N", help="most tokens read at once; default: what the model's config says")
+    add("--stride", type=whole, metavar="N", help="loss: tokens that each window predicts; default: the context")
     add("--leading-space", action="store_true", help="blimp: a space before every sentence, as lm-eval has it")
     add("--kshot-tasks", metavar="LIST", help="kshot: comma separated; default: every task whose file is there")
-    add("--shots", type=_whole, default=4, metavar="N", help="kshot: examples before each question; default: 4")
-    add("--limit", type=_whole, metavar="N", help="kshot: only so many questions of a task, drawn at random")
-    add("--seed", type=_whole, default=0, metavar="N", help="kshot: of the choice of examples; default: 0")
-    add("--batch-tokens", type=_whole, metavar="N", help="most tokens of a batch; default: 512 on a CPU, 8192 on a GPU")
+    add("--shots", type=whole, default=4, metavar="N", help="kshot: examples before each question; default: 4")
+    add("--limit", type=whole, metavar="N", help="kshot: only so many questions of a task, drawn at random")
+    add("--seed", type=whole, default=0, metavar="N", help="kshot: of the choice of examples; default: 0")
+    add("--batch-tokens", type=whole, metavar="N", help="most tokens of a batch; default: 512 on a CPU, 8192 on a GPU")
     add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is a GPU, else cpu")
     add("--dtype", default="float32", metavar="float32|bfloat16", help="of the weights; default: float32")
     add("--out", metavar="FILE.json", help="write the records here")
@@ -99,7 +99,8 @@ def _settings(options: argparse.Namespace) -> Any:
     )
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """A whole number from the command line, or an error that says so."""
     try:
         return int(text)
     except ValueError:

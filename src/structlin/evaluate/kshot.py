@@ -77,10 +77,9 @@ def kshot(
         requests += [Request(request.context[:1] + request.context[1 + surplus :], request.target) for request in found]
     scores = score(model, requests, batch_tokens, "kshot").view(len(dev), len(words))
     labels = torch.tensor([words.index(str(row["label"])) for row in dev])
-    majority = max(Counter(labels.tolist()).values()) / len(dev)
     return {
         **measure(task.metrics, scores.argmax(1), labels),
-        "majority": majority,
+        "majority": float(labels.bincount().max()) / len(dev),
         "examples": len(dev),
         "fewer_shots": counts["fewer_shots"],
         "cut": counts["cut"],
