@@ -482,6 +482,7 @@ def test_the_command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--data", "loss=nowhere.txt", "--context", "49"], "--context: 49 is given; allowed: 1 to 48"),
         (["--data", "loss=x", "--tokenizer", "nowhere.json"], "nowhere.json does not exist"),
         (["--data", "loss=x", "--out", "nowhere/x.json"], "allowed: a file in a folder that exists"),
+        (["--data", "loss=x", "--device", "tpu"], "--device: tpu is given; allowed: cpu"),
         (["--data", "loss=x", "--dtype", "int8"], "dtype='int8' is given; allowed: float32, bfloat16"),
     ],
 )

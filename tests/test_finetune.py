@@ -45,17 +45,26 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def test_a_task_is_learned(folder: Path, tmp_path: Path) -> None:
+def test_a_task_is_learned_at_our_rates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def groups(model: torch.nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        asked.append((lr, weight_decay))
+        return sl.param_groups(model, lr, weight_decay)
+
+    monkeypatch.setattr("structlin.evaluate.finetune.param_groups", groups)
     words = ["zzzz", "aaaa"]
+    labels = [int(i % 3 == 1) for i in range(60)]
     rows = [
-        {"sentence": words[i % 2] * (1 + i % 5), "label": i % 2, "split": "train" if i < 40 else "dev"}
-        for i in range(60)
+        {"sentence": words[label] * (1 + i % 5), "label": label, "split": "train" if i < 40 else "dev"}
+        for i, label in enumerate(labels)
     ]
     write(tmp_path / "sst2.jsonl", rows)
     before = (folder / "model.safetensors").read_bytes()
     tuning = Tuning(lr=3e-3, steps=30, batch=8)
     record = finetune(folder, "sst2", tmp_path, "a test", tuning, bos="<end>")
     validate(record)
+    assert asked == [(3e-3, 0.01)]
     assert record["name"] == "finetune/sst2"
     assert record["metrics"]["accuracy"] == 1.0
     assert record["metrics"]["examples"] == 20

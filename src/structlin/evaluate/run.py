@@ -62,8 +62,10 @@ def evaluate(settings: Settings, command: str) -> list[Record]:
         ValueError: for settings, data, a model or a tokenizer that do not fit; nothing is evaluated then.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {device} is given and there is no GPU; allowed: cpu")
+    gpus = torch.cuda.device_count()
+    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if device not in allowed:
+        raise ValueError(f"--device: {device} is given; allowed: {', '.join(allowed)}")
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)
     encode = encoder(tokenizer, settings.bos)
     model = load_model(settings.model, device, settings.dtype)
