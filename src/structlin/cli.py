@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_bench(commands)
     add_describe(commands)
     add_tune(commands)
+    add_eval(commands)
+    add_finetune(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
@@ -163,6 +165,37 @@ def tune(options: argparse.Namespace, command: str) -> int:
         return _fail(str(error), 2, "tune")
     print(run(layers, settings.tokens, not options.inference))
     return 0
+
+
+def add_eval(commands: Any) -> None:
+    """Declare ``structlin eval``."""
+    from .evaluate import cli
+
+    parser = commands.add_parser(
+        "eval",
+        help="loss on a text, minimal pairs and few-shot prompts for a language model",
+        description="Evaluate a causal language model in a folder, dense or structured: loss, perplexity and bits per "
+        "byte on a text, accuracy on minimal pairs (BLiMP), k-shot prompts over classification tasks. Print a table "
+        "with standard errors and write records.",
+        allow_abbrev=False,
+    )
+    cli.add_arguments(parser)
+    parser.set_defaults(run=cli.main)
+
+
+def add_finetune(commands: Any) -> None:
+    """Declare ``structlin finetune``."""
+    from .evaluate import finetune_cli
+
+    parser = commands.add_parser(
+        "finetune",
+        help="train a language model on a classification task and measure it",
+        description="Put a classifier on a causal language model in a folder, dense or structured, train it on a task "
+        "and measure it on the task's dev part, with standard errors.",
+        allow_abbrev=False,
+    )
+    finetune_cli.add_arguments(parser)
+    parser.set_defaults(run=finetune_cli.main)
 
 
 def describe(options: argparse.Namespace, command: str) -> int:

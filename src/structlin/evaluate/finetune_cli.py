@@ -1,0 +1,68 @@
+"""``structlin finetune``: a model and a task in, its metrics and a record out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..report import records as store
+from .cli import whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``structlin finetune``."""
+    add: Callable[..., Any] = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="folder with config.json and safetensors, with or without structures.json")
+    add("--task", required=True, metavar="NAME", help="a task, such as sst2")
+    add("--data", required=True, metavar="DIR", help="folder of TASK.jsonl, or of TASK/train.jsonl and TASK/dev.jsonl")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or a folder with one; default: that of MODEL_DIR")
+    add("--bos", metavar="TOKEN", help="token before every text; default: the tokenizer's bos, else its eos token")
+    add("--lr", type=float, default=5e-5, metavar="X", help="learning rate of a dense layer; default: 5e-5")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="default: 0.01")
+    add("--epochs", type=float, default=3.0, metavar="X", help="default: 3")
+    add("--steps", type=whole, metavar="N", help="so many steps instead of epochs")
+    add("--batch", type=whole, default=32, metavar="N", help="examples of a step; default: 32")
+    add("--warmup-steps", type=whole, default=0, metavar="N", help="default: 0")
+    add("--seed", type=whole, default=0, metavar="N", help="of the head and the order of examples; default: 0")
+    add("--device", metavar="cpu|cuda", help="default: cuda if there is a GPU, else cpu")
+    add("--out", metavar="FILE.json", help="write the record here")
+
+
+def main(options: argparse.Namespace, command: str) -> int:
+    """Run ``structlin finetune``; returns 0, 1 when it could not run, 2 for bad input, 130 for an interrupt."""
+    missing = [name for name in ("transformers", "accelerate", "torchmetrics") if find_spec(name) is None]
+    if missing:
+        return _fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[eval]'", 1)
+    from . import show
+    from .finetune import Tuning, finetune
+
+    try:
+        if options.out and not Path(options.out).parent.is_dir():
+            raise ValueError(f"--out: {options.out} is given; allowed: a file in a folder that exists")
+        names = ("lr", "weight_decay", "epochs", "steps", "batch", "warmup_steps", "seed")
+        tuning = Tuning(**{name: getattr(options, name) for name in names})
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = Path(options.tokenizer) if options.tokenizer else None
+        folder, data = Path(options.model), Path(options.data)
+        record = finetune(folder, options.task, data, command, tuning, tokenizer, options.bos, device)
+        if options.out:
+            store.write(options.out, [record])
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing is written", 130)
+    print("\n".join(show.lines([record])))
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"structlin finetune: error: {message}", file=sys.stderr)
+    return status
