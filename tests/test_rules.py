@@ -38,6 +38,7 @@ LAYERS = (
     ("",),
     ("models", "train", "bench", "evaluate"),
     ("report",),
+    ("commands",),
     ("cli", "__main__"),
 )
 SIDEWAYS = {

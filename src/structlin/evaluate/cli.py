@@ -12,6 +12,12 @@ from typing import Any
 from ..report import records as store
 from ..report.records import Record
 
+DESCRIPTION = (
+    "Evaluate a causal language model in a folder, dense or structured: loss, perplexity and bits per "
+    "byte on a text, accuracy on minimal pairs (BLiMP), k-shot prompts over classification tasks. Print a table "
+    "with standard errors and write records."
+)
+
 TASKS = ("loss", "blimp", "kshot")
 
 

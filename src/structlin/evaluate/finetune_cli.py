@@ -14,6 +14,11 @@ import torch
 from ..report import records as store
 from .cli import whole
 
+DESCRIPTION = (
+    "Put a classifier on a causal language model in a folder, dense or structured, train it on a task "
+    "and measure it on the task's dev part, with standard errors."
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``structlin finetune``."""

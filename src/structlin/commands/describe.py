@@ -1,0 +1,51 @@
+"""``structlin describe``: what a structure is, costs and runs, from its description alone."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import fail, whole
+
+DESCRIPTION = (
+    "Print the equation of a structure at a shape, its factors, parameters, FLOPs, bytes, rank, "
+    "density, place in the taxonomy, initial scales, learning rates and what runs; nothing is built or measured."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``structlin describe``."""
+    add = parser.add_argument
+    add("spec", metavar="SPEC", help="a structure, as in monarch:nblocks=4 or block_diagonal:nblocks=8+low_rank")
+    add("shape", metavar="OUTxIN", help="rows and columns of the matrix, as in 3072x768")
+    add("--tokens", type=whole, default=1024, metavar="N", help="rows of the input, for the bytes; default: 1024")
+    add("--dtype", default="bfloat16", metavar="NAME", help="of inputs and weights, for the bytes; default: bfloat16")
+    add("--png", metavar="FILE.png", help="draw the magnitudes of a random member, so that its pattern shows")
+
+
+def main(options: argparse.Namespace, command: str) -> int:
+    """Run ``structlin describe``; returns 0, 1 where a package is missing, 2 for a bad option."""
+    if options.png is not None and find_spec("matplotlib") is None:
+        return fail("needs matplotlib; install with: pip install 'structlin[report]'", 1, "describe")
+    from .. import describe as this
+    from ..report.records import write_bytes
+    from ..spec import parse
+
+    try:
+        shape = re.fullmatch(r"(\d+)x(\d+)", options.shape)
+        if shape is None:
+            raise ValueError(f"OUTxIN: {options.shape!r} is given; allowed: a shape as in 3072x768")
+        if options.png is not None and Path(options.png).suffix != ".png":
+            raise ValueError(f"--png: {options.png} is given; allowed: a path that ends in .png")
+        spec, rows, columns = parse(options.spec), int(shape[1]), int(shape[2])
+        text = this.describe(spec, rows, columns, options.tokens, options.dtype)
+        if options.png is not None:
+            write_bytes(Path(options.png), this.picture(spec, rows, columns))
+    except ValueError as error:
+        return fail(str(error), 2, "describe")
+    except OSError as error:
+        return fail(f"--png: {options.png}: {error.strerror or error}", 2, "describe")
+    print(text)
+    return 0
