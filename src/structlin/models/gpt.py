@@ -131,7 +131,8 @@ def flops_per_token(model: GPT) -> int:
     """Forward FLOPs per token, a multiply-add counted as two; training costs three times that.
 
     Counts every linear layer, structured ones by their plan and mixtures by what a token visits, and the two products
-    of attention over the ``(context + 1) / 2`` positions that a causal token sees on average. Norms, activations and lookups are left out.
+    of attention over the ``(context + 1) / 2`` positions that a causal token sees on average. Norms, activations and
+    lookups are left out.
     """
     config = model.config
     linears = 0

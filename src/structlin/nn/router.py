@@ -139,8 +139,8 @@ def routing_loss(model: nn.Module, balance: float = 0.01, z: float = 0.001) -> T
 
     For each ``balance * experts * sum_e p_e f_e + z * mean(logsumexp(logits)**2)``, with ``p_e`` the mean over the
     tokens of the softmax over all experts and ``f_e`` the share of the choices that fell on e (Potapczynski et al.
-    2024; Zoph et al. 2022 for the second). Where the load is even, the sum times the experts is 1. A router that is balanced by a bias has
-    the second part only. Every process has the losses of its own tokens.
+    2024; Zoph et al. 2022 for the second). Where the load is even, experts times the sum is 1. A router that is
+    balanced by a bias has the second part only. Every process has the losses of its own tokens.
 
     Args:
         model: any module with routers.

@@ -105,10 +105,10 @@ def _autograd_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 def _mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     groups, experts = w.shape[:2]
     if x.is_cpu:
-        y = x.new_empty(groups, x.shape[1], w.shape[-1])
+        found = x.new_empty(groups, x.shape[1], w.shape[-1])
         for e, rows in enumerate(_segments(ends)):
-            torch.bmm(x[:, rows], w[:, e], out=y[:, rows])
-        return y
+            found[:, rows] = x[:, rows] @ w[:, e]
+        return found
     if _grouped(x, w.shape[-1], groups * experts):
         offs = _group_ends(ends, groups, x.shape[1])
         y: Tensor = F.grouped_mm(_rows(x), w.flatten(0, 1), offs=offs)
