@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import is_exporting
+
 BLOCK = 128  # rows of a block, where no grouped GEMM of PyTorch serves
 MOST_GROUPS = 1024  # that one grouped GEMM of PyTorch takes
 
@@ -48,8 +50,8 @@ def ragged_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _call(name: str, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
-        _register_flops()  # a mode that watches operations may be a counter of FLOPs
+    if is_exporting():
+        return {"ragged_mm": blocked_mm, "ragged_outer": blocked_outer}[name](a, b, ends)
     result: Tensor = getattr(torch.ops.structlin, name).default(a, b, ends)
     return result
 
@@ -84,6 +86,9 @@ class _Outer(torch.autograd.Function):
 
 def _below_autograd(name: str, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._len_torch_dispatch_stack() > 0 and type(a) in (Tensor, torch.nn.Parameter):
+            # a mode that watches operations, such as a counter of FLOPs, knows PyTorch's own
+            return {"ragged_mm": _mm, "ragged_outer": _outer}[name](a, b, ends)
         result: Tensor = getattr(torch.ops.structlin, name).default(a, b, ends)
     return result
 
@@ -173,12 +178,12 @@ def _blocks(ends: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     every = torch.arange(rows, device=device)
     owner = torch.searchsorted(ends, every.int(), right=True)
     place = firsts[owner] * BLOCK + every - starts[owner]
-    return expert, row.clamp(max=max(rows - 1, 0)).flatten(), holds.flatten(), place
+    return expert, row.clamp(max=rows - 1), holds, place
 
 
 def _in_blocks(x: Tensor, row: Tensor, holds: Tensor) -> Tensor:
     """(groups, rows, k) -> (groups, blocks, BLOCK, k), zero where no row is."""
-    return torch.where(holds[:, None], x[:, row], 0).view(x.shape[0], -1, BLOCK, x.shape[2])
+    return torch.where(holds[..., None], x[:, row], 0)
 
 
 def blocked_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
