@@ -35,7 +35,7 @@ def gradients(y, layer, x):
 
 
 def by_the_paper(layer, x):
-    """BTT of rank E with its rank axis gated between the cores (Potapczynski et al. 2024): ``sum_r B_r (g_r A_r x)``."""
+    """BTT of rank E, its rank axis gated between the cores (Potapczynski et al. 2024): ``sum_r B_r (g_r A_r x)``."""
     logits = x @ layer.router.weight.T
     kept, chosen = logits.topk(layer.spec.top_k, -1)
     gate = torch.zeros_like(logits).scatter(-1, chosen, kept.softmax(-1))
@@ -61,7 +61,7 @@ def test_is_btt_with_a_gated_rank(shape, experts, top_k, tokens, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(["dyad", "kronecker", "block_dense:nblocks=2:rank=4", "btt:rank=2:cores=3", "blast:nblocks=2:rank=3"]),
+    st.sampled_from(["dyad", "kronecker", "block_dense:nblocks=2:rank=4", "btt:cores=3", "blast:nblocks=2:rank=3"]),
     st.integers(1, 5), st.integers(1, 5), st.integers(1, 30),
 )  # fmt: skip
 def test_experts_of_any_structure(of, experts, top_k, tokens):
@@ -149,7 +149,7 @@ def test_losses_are_those_of_the_paper():
     x = inputs(layer, 9)
     layer(x)
     logits = x @ layer.router.weight.T
-    chosen = F.one_hot(logits.topk(2).indices, 4).sum((0, 1)) / 18
+    chosen = F.one_hot(logits.topk(2).indices, 4).sum((0, 1)).double() / 18
     balance = 4 * (logits.softmax(1).mean(0) * chosen).sum()
     wanted = 0.01 * balance + 0.001 * logits.logsumexp(1).square().mean()
     assert_close(routing_loss(layer), wanted)
@@ -213,13 +213,13 @@ def test_a_router_for_a_block():
 
 @pytest.mark.parametrize("spec", [sl.btt_moe(4, 2), sl.MoE(sl.Monarch(2), 4, 2, balance="bias")], ids=str)
 def test_a_step_of_training_does_not_read_the_device(spec):
-    """On tensors of a GPU without values whatever reads one is an error: forward, losses, backward, figures."""
+    """On tensors without values whatever reads one is an error: forward, losses, backward, figures."""
     with FakeTensorMode():
         for dtype in (torch.bfloat16, torch.float32):
-            layer = RoutedLinear(16, 32, spec, device="cuda", dtype=dtype)
-            ffn = MoEFFN(32, 64, 4, 2, device="cuda", dtype=dtype)
+            layer = RoutedLinear(16, 32, spec, dtype=dtype)
+            ffn = MoEFFN(32, 64, 4, 2, dtype=dtype)
             model = nn.Sequential(layer, ffn)
-            y = model(torch.randn(20, 16, device="cuda", dtype=dtype))
+            y = model(torch.randn(20, 16, dtype=dtype))
             (y.float().sum() + routing_loss(model)).backward()
             assert {p.grad.shape for p in model.parameters()} == {p.shape for p in model.parameters()}
             routing_load(model)
@@ -229,8 +229,8 @@ def test_a_step_of_training_does_not_read_the_device(spec):
 
 def test_the_fallback_reads_nothing_either():
     with FakeTensorMode():
-        x, w = torch.randn(2, 300, 8, device="cuda"), torch.randn(2, 4, 8, 16, device="cuda")
-        ends = torch.zeros(4, dtype=torch.int32, device="cuda")
+        x, w = torch.randn(2, 300, 8), torch.randn(2, 4, 8, 16)
+        ends = torch.zeros(4, dtype=torch.int32)
         assert blocked_mm(x, w, ends).shape == (2, 300, 16)
         assert blocked_outer(x, x, ends).shape == (2, 4, 8, 8)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.contract import autocast
 from ..ops.routed import Routes, sort
 
 BIAS_STEP = 0.001  # of the bias of an expert at each update (Wang et al. 2024)
@@ -90,10 +91,15 @@ class Router(nn.Module):
         """Tokens (tokens, in_features) -> where they go.
 
         Raises:
-            ValueError: under ``torch.autograd.detect_anomaly()``, for logits that are not finite. Otherwise the
-                output is not finite either.
+            ValueError: when input and weight differ in dtype, and under ``torch.autograd.detect_anomaly()`` for logits
+                that are not finite; without it the output of such a token is not finite either.
         """
-        logits = F.linear(x, self.weight)
+        x, weight = autocast(x), autocast(self.weight)
+        if x.dtype != weight.dtype:
+            raise ValueError(
+                f"the input is {x.dtype}, the layer {weight.dtype}; cast one of them, or run under torch.autocast"
+            )
+        logits = F.linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             _refuse_what_is_not_finite(logits)

@@ -7,6 +7,7 @@ code: `ragged_mm` keeps the rows, `ragged_outer` sums over those of each expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -51,60 +52,64 @@ def ragged_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 def _call(name: str, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if is_exporting():
-        return {"ragged_mm": blocked_mm, "ragged_outer": blocked_outer}[name](a, b, ends)
-    result: Tensor = getattr(torch.ops.structlin, name).default(a, b, ends)
+        return BLOCKED[name](a, b, ends)
+    result: Tensor
+    if not torch.compiler.is_compiling() and _is_watched(a):
+        result = FUNCTIONS[name].apply(a, b, ends, False)
+    else:
+        result = getattr(torch.ops.structlin, name).default(a, b, ends)
+    return result
+
+
+def _is_watched(a: Tensor) -> bool:
+    # a mode that watches operations, such as a counter of FLOPs, knows PyTorch's own; tensors without values do not
+    return torch._C._len_torch_dispatch_stack() > 0 and type(a) in (Tensor, torch.nn.Parameter)
+
+
+def _compute(name: str, a: Tensor, b: Tensor, ends: Tensor, opaque: bool) -> Tensor:
+    if not opaque:
+        return COMPUTED[name](a, b, ends)
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = getattr(torch.ops.structlin, name).default(a, b, ends)
     return result
 
 
 class _Mm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor, opaque: bool) -> Tensor:
         ctx.save_for_backward(x, w, ends)
-        return _below_autograd("ragged_mm", x, w, ends)
+        return _compute("ragged_mm", x, w, ends, opaque)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, w, ends = ctx.saved_tensors
         dx = ragged_mm(dy, w.mT, ends) if ctx.needs_input_grad[0] else None
         dw = ragged_outer(x, dy, ends) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        return dx, dw, None, None
 
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, ends: Tensor, opaque: bool) -> Tensor:
         ctx.save_for_backward(x, y, ends)
-        return _below_autograd("ragged_outer", x, y, ends)
+        return _compute("ragged_outer", x, y, ends, opaque)
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, y, ends = ctx.saved_tensors
         dx = ragged_mm(y, dw.mT, ends) if ctx.needs_input_grad[0] else None
         dy = ragged_mm(x, dw, ends) if ctx.needs_input_grad[1] else None
-        return dx, dy, None
+        return dx, dy, None, None
 
 
-def _below_autograd(name: str, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._len_torch_dispatch_stack() > 0 and type(a) in (Tensor, torch.nn.Parameter):
-            # a mode that watches operations, such as a counter of FLOPs, knows PyTorch's own
-            return {"ragged_mm": _mm, "ragged_outer": _outer}[name](a, b, ends)
-        result: Tensor = getattr(torch.ops.structlin, name).default(a, b, ends)
-    return result
+def _autograd(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def run(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            result: Tensor = FUNCTIONS[name].apply(a, b, ends, True)
+            return result
+        return _compute(name, a, b, ends, True)
 
-
-def _autograd_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        result: Tensor = _Mm.apply(x, w, ends)  # type: ignore[no-untyped-call]
-        return result
-    return _below_autograd("ragged_mm", x, w, ends)
-
-
-def _autograd_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        result: Tensor = _Outer.apply(x, y, ends)  # type: ignore[no-untyped-call]
-        return result
-    return _below_autograd("ragged_outer", x, y, ends)
+    return run
 
 
 def _mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -114,8 +119,8 @@ def _mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         for e, rows in enumerate(_segments(ends)):
             found[:, rows] = x[:, rows] @ w[:, e]
         return found
-    if _grouped(x, w.shape[-1], groups * experts):
-        offs = _group_ends(ends, groups, x.shape[1])
+    if _grouped(x, w.shape[-1], groups * experts) and x.shape[1] > 0:
+        offs, w = _group_ends(ends, groups, x.shape[1]), w if 1 in w.stride()[-2:] else w.contiguous()
         y: Tensor = F.grouped_mm(_rows(x), w.flatten(0, 1), offs=offs)
         return y.view(*x.shape[:2], -1)
     return blocked_mm(x, w, ends)
@@ -217,12 +222,12 @@ def _fake_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], ends.shape[0], x.shape[-1], y.shape[-1])
 
 
-for _name, _run, _autograd, _fake in (
-    ("ragged_mm", _mm, _autograd_mm, _fake_mm),
-    ("ragged_outer", _outer, _autograd_outer, _fake_outer),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"ragged_mm": _Mm, "ragged_outer": _Outer}
+COMPUTED = {"ragged_mm": _mm, "ragged_outer": _outer}
+BLOCKED = {"ragged_mm": blocked_mm, "ragged_outer": blocked_outer}
+for _name, _fake in (("ragged_mm", _fake_mm), ("ragged_outer", _fake_outer)):
+    _library.impl(_name, COMPUTED[_name], "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd(_name), "Autograd")
     torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
 
 
