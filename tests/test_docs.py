@@ -59,6 +59,12 @@ def test_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "normalised" / "structures.json").exists()
 
 
+def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "experts.md"))
+    exec(compile(code, "experts.md", "exec"), {})
+    assert "0.router" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_contributing_adds_a_structure(tmp_path: Path) -> None:
     for name in ("src", "tests", "docs"):

@@ -27,6 +27,17 @@ def test_numbers_of_the_table(row):
     assert row[1:] == [*expected, exponents]
 
 
+MIXTURES = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if "_moe:" in line[:30]]
+
+
+@pytest.mark.parametrize("row", MIXTURES, ids=[row[0] for row in MIXTURES])
+def test_numbers_of_mixtures(row):
+    spec = parse(row[0])
+    params, flops = spec.costs(1024, 1024)
+    visited = spec.top_k * analysis.num_params(spec.expert_plan(1024, 1024)) + spec.experts * 1024
+    assert row[1:] == [f"{params / 2**20:.1%}", f"{visited / 2**20:.1%}", f"{flops / 2**21:.1%}"]
+
+
 def test_every_structure_has_its_section():
     titles = {name for line in PAGE.splitlines() if line.startswith("## ") for name in line[3:].split(", ")}
     assert sl.STRUCTURES.keys() <= titles

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .nn import StructuredLinear, normalise_
+from .nn import RoutedLinear, StructuredLinear, layer_of, normalise_
 from .nn.guide import attach
 from .nn.normalised import is_normalised
 from .spec import Spec
@@ -108,10 +108,10 @@ def load(model: Model, folder: str | os.PathLike[str], device: str | torch.devic
     return model
 
 
-def _structured(model: nn.Module) -> dict[str, StructuredLinear]:
-    """Every name of every structured layer."""
+def _structured(model: nn.Module) -> dict[str, StructuredLinear | RoutedLinear]:
+    """Every name of every structured layer, mixtures of experts included."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, StructuredLinear)}
+    return {name: module for name, module in modules if isinstance(module, StructuredLinear | RoutedLinear)}
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -149,7 +149,8 @@ def _untie(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
 def _add(model: nn.Module, extras: Mapping[str, Extras]) -> None:
     for name, extra in extras.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, StructuredLinear)
+        if not isinstance(layer, StructuredLinear):
+            continue
         if extra.normalised and not is_normalised(layer):
             normalise_(layer)
         if extra.guided:
@@ -219,7 +220,7 @@ def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[
         if weight is None or weight.dim() != 2:
             raise ValueError(f"the model has no linear layer {name!r}, which was saved as {spec}")
         out_features, in_features = weight.shape
-        layer = StructuredLinear(in_features, out_features, spec, bias=False, device="meta")
+        layer = layer_of(spec, in_features, out_features, bias=False, device="meta")
         expected |= {f"{name}.{key}": tensor.to(weight.dtype) for key, tensor in layer.state_dict().items()}
     return expected
 
@@ -230,7 +231,7 @@ def _expect_extras(
     """Add what normalised factors and guides bring to the state that is ``expected``."""
     for name, extra in extras.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear | StructuredLinear)
+        assert isinstance(layer, nn.Linear | StructuredLinear | RoutedLinear)
         shape, dtype = (layer.out_features, layer.in_features), next(layer.parameters()).dtype
         for factor in specs[name].plan(*shape).factors if extra.normalised else ():
             if f"{name}.{factor}" in expected:

@@ -15,6 +15,7 @@ from .ops.lowering import lower
 from .padding import described
 from .plan import Plan
 from .spec import Spec
+from .structures import MoE
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number, by the names of dtypes."""
@@ -27,7 +28,7 @@ def describe(spec: Spec, out_features: int, in_features: int, tokens: int = 1024
     """What a matrix of this structure is, what it costs and what runs, as a text of several lines.
 
     Args:
-        spec: the structure.
+        spec: the structure, or a mixture of experts.
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         tokens: rows of the input, for the bytes that a forward pass moves.
@@ -36,6 +37,8 @@ def describe(spec: Spec, out_features: int, in_features: int, tokens: int = 1024
     Raises:
         ValueError: when the shape does not fit the structure, or for fewer than one token, or an unknown dtype.
     """
+    if isinstance(spec, MoE):
+        return _mixture(spec, out_features, in_features, tokens, dtype)
     if min(out_features, in_features) < 1:
         raise ValueError(f"a matrix of {out_features}x{in_features} has no weight; widths start at 1")
     if tokens < 1:
@@ -112,6 +115,23 @@ def _drawable(spec: Spec, out_features: int, in_features: int) -> tuple[int, int
             f"smallest that halving gives; widths may be up to {LARGEST}"
         )
     return fitting
+
+
+def _mixture(spec: MoE, rows: int, columns: int, tokens: int, dtype: str) -> str:
+    """A mixture as a whole, and then one of its experts, for the tokens that visit it where the load is even."""
+    each = max(1, tokens * spec.top_k // spec.experts) if tokens >= 1 else tokens
+    expert = describe(spec.expert, rows, columns, each, dtype)
+    (params, flops), size = spec.costs(rows, columns), rows * columns
+    lines = [
+        f"{spec} at {rows}x{columns}",
+        "",
+        f"experts  {spec.experts}, of which {spec.top_k} for each token",
+        f"params   {params:,} ({params / size:.2%} of dense), the router with them",
+        f"FLOPs    {flops:,} per token forward ({flops / (2 * size):.2%} of dense), those of the experts visited",
+        "",
+        "Each expert:",
+    ]
+    return "\n".join([*lines, expert])
 
 
 def _labelled(label: str, values: Sequence[str]) -> list[tuple[str, str]]:

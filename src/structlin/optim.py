@@ -16,13 +16,14 @@ from typing import Any
 from torch import nn
 
 from . import analysis
-from .nn import StructuredLinear
+from .nn import RoutedLinear, Router, StructuredLinear
 from .nn.boxcar import masks_of
 
 Shape = tuple[int, ...]
 
-# modules whose weights are stored as (out, in, ...), besides a StructuredLinear
-MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+# modules whose weights are stored as (out, in, ...), besides structured ones
+STRUCTURED = (StructuredLinear, RoutedLinear)
+MATRICES = (nn.Linear, Router, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 def param_groups(
@@ -119,7 +120,7 @@ def _structure(model: nn.Module, optimizer: str) -> dict[nn.Parameter, float]:
     """The scale of every trainable parameter within its layer, in the order of the model."""
     scales = {parameter: 1.0 for parameter in model.parameters() if parameter.requires_grad}
     for parameter, (_, module, name) in _owners(model).items():
-        if isinstance(module, StructuredLinear) and name in module.plan.factors:
+        if isinstance(module, STRUCTURED) and name in module.plan.factors:
             scales[parameter] = analysis.lr_scale(module.plan, name, optimizer)
     return scales
 
@@ -148,10 +149,10 @@ def _width(model: nn.Module, base: nn.Module, optimizer: str) -> dict[nn.Paramet
             )
         ratios = [size / size_of_base for size, size_of_base in zip(shape, old, strict=True)]
         into, out = 1.0, prod(ratios)
-        if len(shape) > 1 and isinstance(module, (*MATRICES, StructuredLinear)) and not name.startswith("bias"):
+        if len(shape) > 1 and isinstance(module, (*MATRICES, *STRUCTURED)) and not name.startswith("bias"):
             into, out = prod(ratios[1:]), ratios[0]
         elif sum(ratio != 1 for ratio in ratios) > 1:
-            known = ", ".join(kind.__name__ for kind in (*MATRICES, StructuredLinear))
+            known = ", ".join(kind.__name__ for kind in (*MATRICES, *STRUCTURED))
             raise ValueError(
                 f"{full} grows from {old} to {shape}, and which of these is the fan-in of a {type(module).__name__} "
                 f"is not known; with base, matrices may belong to {known}"
@@ -162,8 +163,8 @@ def _width(model: nn.Module, base: nn.Module, optimizer: str) -> dict[nn.Paramet
 
 def _shape(module: nn.Module | None, name: str, model: nn.Module) -> Shape | None:
     """Shape of what the ``model``'s module calls ``name``: of a factor or dense weight that of the matrix (out, in)."""
-    weight = name in model.plan.factors if isinstance(model, StructuredLinear) else name == "weight"
-    if weight and isinstance(module, nn.Linear | StructuredLinear):
+    weight = name in model.plan.factors if isinstance(model, STRUCTURED) else name == "weight"
+    if weight and isinstance(module, nn.Linear | StructuredLinear | RoutedLinear):
         return module.out_features, module.in_features
     if module is None:
         return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,9 @@ from .plan import Plan
 
 STRUCTURES: dict[str, type[Spec]] = {}
 """Registered structures by name."""
+
+MIXTURES: dict[str, type[Spec]] = {}
+"""Specs by name that are several matrices instead of one, and so no structures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,23 +136,23 @@ S = TypeVar("S", bound=Spec)
 
 
 @dataclass_transform(frozen_default=True)
-def register(name: str) -> Callable[[type[S]], type[S]]:
+def register(name: str, registry: dict[str, type[Spec]] = STRUCTURES) -> Callable[[type[S]], type[S]]:
     """Make a subclass of `Spec` a frozen dataclass that checkpoints, the command line and the tests find by name.
 
     Raises:
-        ValueError: when the name is taken, or is not made of letters, digits and underscores.
+        ValueError: when the name is taken, ends in _moe, or is not made of letters, digits and underscores.
     """
-    if not name.isidentifier():
-        raise ValueError(f"{name!r} is no name for a structure; use letters, digits and underscores")
+    if not name.isidentifier() or name.endswith("_moe"):
+        raise ValueError(f"{name!r} is no name for a structure; use letters, digits and underscores, and no _moe last")
 
     def add(cls: type[S]) -> type[S]:
-        if name in STRUCTURES:
-            raise ValueError(f"structure {name!r} is taken by {STRUCTURES[name].__qualname__}")
+        if name in registry:
+            raise ValueError(f"structure {name!r} is taken by {registry[name].__qualname__}")
         cls.name = name
         spec = dataclasses.dataclass(frozen=True, repr=False)(cls)
-        if "plan" in vars(spec):
+        if "plan" in vars(spec) and registry is STRUCTURES:
             spec.plan = with_padding(spec.plan)  # type: ignore[method-assign, assignment]
-        STRUCTURES[name] = spec
+        registry[name] = spec
         return spec
 
     return add
@@ -167,9 +171,9 @@ def find(name: str) -> type[Spec]:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
-    if not isinstance(name, str) or name not in STRUCTURES:
+    if not isinstance(name, str) or name not in STRUCTURES | MIXTURES:
         raise ValueError(f"unknown structure {name!r}; {_allowed(name, STRUCTURES)}")
-    return STRUCTURES[name]
+    return (STRUCTURES | MIXTURES)[name]
 
 
 def parse(text: str) -> Spec:
@@ -195,6 +199,10 @@ def parse(text: str) -> Spec:
         if len(widths) > 1 or len(factors) - len(specs) not in (0, len(specs) - 1):
             raise ValueError(f"{text!r} must give one width, between all factors or none")
         return _make(find("product"), {"factors": specs, "width": widths.pop() if widths else None})
+    if match := re.fullmatch(r"(\(.*\)|\w+)_moe((?::.*)?)", text):
+        own = [part for part in match[2].split(":") if part.startswith(("experts=", "top_k=", "balance="))]
+        rest = [part for part in match[2].split(":")[1:] if part not in own]
+        return _make(find("moe"), {"of": parse(":".join([match[1], *rest])), **_values(find("moe"), own, text)})
     if text.endswith(".T"):
         return parse(text[:-2]).T
     if text.startswith("("):
@@ -220,7 +228,11 @@ def _split(text: str, operator: str) -> list[str]:
 
 def _parse_one(text: str) -> Spec:
     name, *parts = text.split(":")
-    cls = find(name)
+    return _make(find(name), _values(find(name), parts, text))
+
+
+def _values(cls: type[Spec], parts: Sequence[str], text: str) -> dict[str, Any]:
+    """The parameters of ``cls`` that ``parts`` of the ``text`` give."""
     fields = cls._fields()
     values: dict[str, Any] = {}
     for part in parts:
@@ -230,7 +242,7 @@ def _parse_one(text: str) -> Spec:
         if key in values:
             raise ValueError(f"parameter {key!r} is given twice in {text!r}")
         values[key] = _from_text(fields.get(key), value)
-    return _make(cls, values)
+    return values
 
 
 def _make(cls: type[Spec], arguments: dict[str, Any]) -> Spec:

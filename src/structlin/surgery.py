@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import analysis
-from .nn import StructuredLinear
+from .nn import RoutedLinear, StructuredLinear, layer_of
 from .nn.init import check as check_init
 from .nn.projection import check
-from .plan import Plan
 from .progress import shown
 from .spec import Spec
+from .structures import MoE
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,9 @@ def to_structured_(
         assert isinstance(dense, nn.Linear)
         try:
             _refuse(model, names[name], dense, owners)
-            plan = spec.plan(dense.out_features, dense.in_features)
             if weights == "project":
-                check(plan, dense.weight, spec.masks(plan))
-            conversion.append(_swap(name, dense, spec, plan))
+                _check_projection(dense, spec)
+            conversion.append(_swap(name, dense, spec))
         except ValueError as error:
             problems.append(f"{name} ({dense.out_features}x{dense.in_features}): {error}")
     if problems:
@@ -135,7 +134,7 @@ def to_dense_(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: one message with every problem: a factor that another module shares, hooks that would be lost, a
-            model that is itself a `StructuredLinear`, a guide. The model is unchanged then.
+            model that is itself a `StructuredLinear`, a guide, a mixture of experts. The model is unchanged then.
     """
     return replace(model, dense_twins(model))
 
@@ -145,7 +144,8 @@ def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Linear]:
     if isinstance(model, StructuredLinear):
         raise ValueError("the model is itself a StructuredLinear and cannot be replaced in place; use its to_dense()")
     found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)]
-    owners, problems = _owners(model), []
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, RoutedLinear)]
+    owners, problems = _owners(model), [f"{name}: is a mixture of experts, which is no matrix" for name in mixtures]
     for name, layer in found:
         if any(owners[id(parameter)] > 1 for parameter in layer.parameters()):
             problems.append(f"{name}: shares a factor with another module; untie it first")
@@ -234,12 +234,20 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(forward + backward) or "forward" in vars(module)
 
 
-def _swap(name: str, dense: nn.Linear, spec: Spec, plan: Plan) -> Swap:
-    size = dense.in_features * dense.out_features
-    return Swap(
-        name, dense.in_features, dense.out_features, spec,
-        analysis.num_params(plan), size, analysis.flops(plan), 2 * size, plan.padded if plan.kept else None,
-    )  # fmt: skip
+def _check_projection(dense: nn.Linear, spec: Spec) -> None:
+    if isinstance(spec, MoE):
+        raise ValueError(f"{spec} is no matrix to project to; use weights='init', or keep the layer by a None rule")
+    plan = spec.plan(dense.out_features, dense.in_features)
+    check(plan, dense.weight, spec.masks(plan))
+
+
+def _swap(name: str, dense: nn.Linear, spec: Spec) -> Swap:
+    rows, columns = dense.out_features, dense.in_features
+    plan = spec.expert_plan(rows, columns) if isinstance(spec, MoE) else spec.plan(rows, columns)
+    own = spec.costs(rows, columns) if isinstance(spec, MoE) else (analysis.num_params(plan), analysis.flops(plan))
+    params, flops = own
+    padded = plan.padded if plan.kept else None
+    return Swap(name, columns, rows, spec, params, rows * columns, flops, 2 * rows * columns, padded)
 
 
 def _effort(swap: Swap) -> int:
@@ -247,13 +255,11 @@ def _effort(swap: Swap) -> int:
     return swap.dense_params * min(swap.in_features, swap.out_features)
 
 
-def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear:
+def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear | RoutedLinear:
     assert isinstance(dense, nn.Linear)
     bias, weight = dense.bias, dense.weight
-    layer = StructuredLinear(
-        dense.in_features, dense.out_features, spec, bias is not None, weight.device, weight.dtype, init=init
-    )
-    if weights == "project":
+    layer = layer_of(spec, dense.in_features, dense.out_features, bias is not None, weight.device, weight.dtype, init)
+    if weights == "project" and isinstance(layer, StructuredLinear):
         layer.project_(weight)
         if layer.bias is not None:
             layer.bias.copy_(bias)

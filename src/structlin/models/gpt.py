@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import analysis
-from ..nn import StructuredLinear
+from ..nn import MoEFFN, RoutedLinear, StructuredLinear
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,19 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def flops_per_token(model: GPT) -> int:
     """Forward FLOPs per token, a multiply-add counted as two; training costs three times that.
 
-    Counts every linear layer, structured ones by their plan, and the two products of attention over the
-    ``(context + 1) / 2`` positions that a causal token sees on average. Norms, activations and lookups are left out.
+    Counts every linear layer, structured ones by their plan and mixtures by what a token visits, and the two products
+    of attention over the ``(context + 1) / 2`` positions that a causal token sees on average. Norms, activations and
+    lookups are left out.
     """
     config = model.config
     linears = 0
     for module in model.modules():
         if isinstance(module, StructuredLinear):
             linears += analysis.flops(module.plan)
+        elif isinstance(module, RoutedLinear):
+            linears += module.spec.costs(module.out_features, module.in_features)[1]
+        elif isinstance(module, MoEFFN):
+            linears += module.flops()
         elif isinstance(module, nn.Linear):
             linears += 2 * module.in_features * module.out_features
     return linears + config.depth * 2 * config.width * (config.context + 1)

@@ -1,11 +1,31 @@
-"""The layer, its initialisation, and the projection of dense weights onto it."""
+"""The layers, their initialisation, and the projection of dense weights onto them."""
 
 from .explain import explain
 from .gated import GatedSum
 from .linear import StructuredLinear
+from .moe_ffn import MoEFFN
 from .normalised import normalise_
 from .projection import project
+from .routed import RoutedLinear, layer_of, share_router_
+from .router import Load, Router, routing_load, routing_loss, update_balance_
 from .shared_bases import recover
 from .tuning import tune
 
-__all__ = ["GatedSum", "StructuredLinear", "explain", "normalise_", "project", "recover", "tune"]
+__all__ = [
+    "GatedSum",
+    "Load",
+    "MoEFFN",
+    "RoutedLinear",
+    "Router",
+    "StructuredLinear",
+    "explain",
+    "layer_of",
+    "normalise_",
+    "project",
+    "recover",
+    "routing_load",
+    "routing_loss",
+    "share_router_",
+    "tune",
+    "update_balance_",
+]

@@ -96,13 +96,14 @@ def _transforming() -> bool:
 
 
 @constant_when_traced  # dynamo of PyTorch 2.11 takes every compilation for an export
-def _exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export is tracing."""
     return torch.compiler.is_exporting()
 
 
 def seen_through() -> bool:
     """Whether a transform or an export has to look inside, so that plain PyTorch must run."""
-    if _exporting() or _transforming():
+    if is_exporting() or _transforming():
         return True
     # a mode that watches operations, such as a counter of FLOPs or a tracer, knows PyTorch's own
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0

@@ -13,6 +13,7 @@ from .einsum import Einsum
 from .gblr import Gblr
 from .kronecker import Kronecker
 from .low_rank import LowRank
+from .moe import MoE, btt_moe, dense_moe, low_rank_moe, monarch_moe
 from .monarch import Monarch
 from .pixelfly import Pixelfly
 from .tensor_train import TensorTrain
@@ -30,10 +31,15 @@ __all__ = [
     "Gblr",
     "Kronecker",
     "LowRank",
+    "MoE",
     "Monarch",
     "Pixelfly",
     "Product",
     "Sum",
     "TensorTrain",
     "Transpose",
+    "btt_moe",
+    "dense_moe",
+    "low_rank_moe",
+    "monarch_moe",
 ]

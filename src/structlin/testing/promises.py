@@ -1,109 +1,51 @@
-"""The contract that every structure keeps, as functions: shipped, so that one defined elsewhere is held to it too.
-
-Each function in `CONTRACT` takes ``(spec, (out_features, in_features), device)`` and raises AssertionError when the
-promise is broken. A contract accepts any self-consistent matrix, so a structure also needs a test against the dense
-form that its paper writes down.
-"""
+"""The promises, each a function of ``(spec, (out_features, in_features), device)`` that raises AssertionError where it
+is broken, and who has to keep which."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
-from . import analysis
-from .accuracy import assert_as_accurate as assert_as_accurate
-from .accuracy import assert_close as assert_close
-from .accuracy import error as error
-from .nn import StructuredLinear
-from .nn.boxcar import masks_of
-from .ops import backends_on, contract, reference
-from .plan import Table, num_blocks
-from .spec import STRUCTURES, Spec, parse
+from .. import analysis
+from ..accuracy import assert_as_accurate, assert_close
+from ..nn import RoutedLinear, StructuredLinear, layer_of
+from ..nn.boxcar import masks_of
+from ..ops import contract, reference
+from ..spec import Spec, parse
+from ..structures import MoE
+from .layers import Layer, Shape, inputs, make, plain
 
-Shape = tuple[int, int]
 Promise = Callable[[Spec, Shape, str], None]
 
 
-def examples() -> list[tuple[Spec, Shape]]:
-    """The example specs of every registered structure, each with a small (out_features, in_features)."""
-    return [(spec, shape) for cls in STRUCTURES.values() for spec, shape in cls.examples()]
-
-
-def padded_examples() -> list[tuple[Spec, Shape]]:
-    """For every structure that does not have all widths an example with ``pad=True``, at a shape that needs it."""
-    found: dict[str, tuple[Spec, Shape]] = {}
-    for spec, (out_features, in_features) in examples():
-        for i, j in ((1, 1), (0, 1), (1, 0)):
-            padded, shape = replace(spec, pad=True), (out_features - i, in_features - j)
-            if spec.name not in found and _is_padded(padded, shape):
-                found[spec.name] = padded, shape
-    return list(found.values())
-
-
-def _is_padded(spec: Spec, shape: Shape) -> bool:
-    try:
-        return spec.plan(*shape).kept is not None
-    except ValueError:
-        return False
-
-
-def make(
-    spec: Spec, shape: Shape, device: str, dtype: torch.dtype = torch.float64, bias: bool = True
-) -> StructuredLinear:
-    """A seeded layer with a bias that is not zero; its backend is "auto" on a CPU, where that measures nothing."""
-    torch.manual_seed(0)
-    layer = StructuredLinear(shape[1], shape[0], spec, bias=bias, dtype=dtype).to(device)
-    layer.backend = "auto" if device == "cpu" else "triton" if "triton" in backends_on(torch.device(device)) else "bmm"
-    if layer.bias is not None:
-        nn.init.normal_(layer.bias)
+def _matrix(spec: Spec, shape: Shape, device: str, dtype: torch.dtype = torch.float64) -> StructuredLinear:
+    layer = make(spec, shape, device, dtype)
+    assert isinstance(layer, StructuredLinear)
     return layer
-
-
-def inputs(layer: StructuredLinear, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Seeded random input of shape (*leading, in_features)."""
-    factor = next(layer.parameters())
-    torch.manual_seed(1)
-    return torch.randn(*leading, layer.in_features, dtype=dtype or factor.dtype).to(factor.device)
-
-
-def plain(layer: StructuredLinear, x: Tensor) -> Tensor:
-    """The layer straight from its plan, by einsum: what it has to equal, with nothing of how it runs."""
-    tokens = F.pad(x.reshape(-1, layer.in_features), (0, layer.plan.padded[1] - layer.in_features))
-    total = tokens.new_zeros(())
-    for term in layer.plan.terms:
-        z = tokens if term.table is None else _looked_up(tokens, term.table)
-        z = z.reshape(-1, *layer.plan.shape(term.x))
-        for name, step in zip(term.names, term.steps, strict=True):
-            z = reference.contract(z, getattr(layer, name), step.equation)
-        z = z.reshape(-1, layer.plan.size(term.y))
-        total = total + (z if term.out_table is None else _added_up(z, term.out_table))
-    kept = total[:, : layer.out_features]
-    return (kept if layer.bias is None else kept + layer.bias).reshape(*x.shape[:-1], layer.out_features)
-
-
-def _looked_up(tokens: Tensor, table: Table) -> Tensor:
-    blocks = tokens.chunk(num_blocks(table), -1)
-    return torch.cat([blocks[block] for row in table for block in row], -1)
-
-
-def _added_up(z: Tensor, table: Table) -> Tensor:
-    parts = list(zip((block for row in table for block in row), z.chunk(sum(map(len, table)), -1), strict=True))
-    return torch.cat([sum(part for of, part in parts if of == block) for block in range(num_blocks(table))], -1)  # type: ignore[misc]
 
 
 def is_the_matrix_it_says(spec: Spec, shape: Shape, device: str) -> None:
     """The forward pass is a product with `to_dense`, and both are what the plan says."""
-    layer = make(spec, shape, device)
+    layer = _matrix(spec, shape, device)
     x = inputs(layer, 3, 7)
     assert_close(layer(x), plain(layer, x))
     assert_close(layer(x), layer.to_dense()(x))
+
+
+def is_the_mixture_it_says(spec: Spec, shape: Shape, device: str) -> None:
+    """Output and every gradient, the router's too, are those of all experts computed and multiplied by the gate."""
+    layer = make(spec, shape, device)
+    x = inputs(layer, 3, 7).requires_grad_()
+    ours, wanted = layer(x), plain(layer, x)
+    assert_close(ours, wanted)
+    weights, dy = (x, *layer.parameters()), inputs(layer, 3, 7).new_ones(3, 7, layer.out_features).cumsum(-1)
+    for a, b in zip(torch.autograd.grad(ours, weights, dy), torch.autograd.grad(wanted, weights, dy), strict=True):
+        assert_close(a, b)
 
 
 def takes_any_batch(spec: Spec, shape: Shape, device: str) -> None:
@@ -134,7 +76,7 @@ def refuses_a_wrong_width(spec: Spec, shape: Shape, device: str) -> None:
             raise AssertionError(f"an input of shape {tuple(x.shape)} was accepted")
 
 
-def _functional(layer: StructuredLinear) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _functional(layer: Layer) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     names = [name for name, _ in layer.named_parameters()]
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -146,7 +88,7 @@ def _functional(layer: StructuredLinear) -> tuple[Callable[..., Tensor], tuple[T
 
 def has_right_gradients(spec: Spec, shape: Shape, device: str) -> None:
     """First and second derivatives in input and parameters, real and complex, with no mask rounded."""
-    for dtype in (torch.float64, torch.complex128):
+    for dtype in (torch.float64, torch.complex128)[: 1 if isinstance(spec, MoE) else 2]:  # experts have an order
         layer = make(spec, shape, device, dtype)
         for mask in masks_of(layer):
             mask.rounding = False
@@ -161,7 +103,7 @@ def has_right_gradients(spec: Spec, shape: Shape, device: str) -> None:
 
 def works_under_transforms(spec: Spec, shape: Shape, device: str) -> None:
     """torch.func.grad, vjp, jvp and vmap, and forward-mode AD, agree with plain PyTorch."""
-    layer = make(spec, shape, device)
+    layer = _matrix(spec, shape, device)
     run, parameters = _functional(layer)
     x, dx = inputs(layer, 3), inputs(layer, 3).flip(0)
     dense, bias = layer.to_dense().weight.detach(), layer.get_parameter("bias")
@@ -184,24 +126,26 @@ def works_under_transforms(spec: Spec, shape: Shape, device: str) -> None:
 
 
 def costs_what_it_says(spec: Spec, shape: Shape, device: str) -> None:
-    """Parameters (but for those of masks) and FLOPs of the plan are those that PyTorch counts."""
+    """Parameters (but for those of masks) and FLOPs are those that PyTorch counts; of a mixture, the active ones."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where that is installed
 
     layer, tokens = make(spec, shape, device, bias=False), 7
-    x, said = inputs(layer, tokens), tokens * analysis.flops(layer.plan)
-    for run in (lambda: layer(x), lambda: plain(layer, x)):
+    costs = analysis.num_params(layer.plan), analysis.flops(layer.plan)
+    params, flops = layer.spec.costs(*shape) if isinstance(layer, RoutedLinear) else costs
+    x, said = inputs(layer, tokens), tokens * flops
+    for run in (lambda: layer(x), lambda: plain(layer, x))[: 1 if isinstance(layer, RoutedLinear) else 2]:
         with FlopCounterMode(display=False) as counted:
             run()
         if counted.get_total_flops() != said:
             raise AssertionError(f"{counted.get_total_flops()} FLOPs counted, {said} said")
     placed = sum(p.numel() for mask in masks_of(layer) for p in mask.parameters())
-    if sum(p.numel() for p in layer.parameters()) != analysis.num_params(layer.plan) + placed:
+    if sum(p.numel() for p in layer.parameters()) != params + placed:
         raise AssertionError("num_params is not the number of elements")
 
 
 def has_the_rank_it_says(spec: Spec, shape: Shape, device: str) -> None:
     """Random factors reach the rank bound; those of a padded matrix do not exceed it."""
-    layer = make(spec, shape, device)
+    layer = _matrix(spec, shape, device)
     rank, bound = torch.linalg.matrix_rank(layer.to_dense().weight).item(), analysis.rank_bound(layer.plan)
     if rank > bound or (rank < bound and layer.plan.kept is None):
         raise AssertionError(f"rank {rank}, rank_bound says {bound}")
@@ -214,7 +158,7 @@ def starts_at_spectral_scale(spec: Spec, shape: Shape, device: str) -> None:
         plan = spec.plan(64 * out_features, 64 * in_features)
     except ValueError:
         return
-    layer = make(spec, (64 * out_features, 64 * in_features), device)
+    layer = _matrix(spec, (64 * out_features, 64 * in_features), device)
     for name in plan.factors:
         fan_in, fan_out = analysis.fan(plan, name)
         wanted = (min(1, fan_out / fan_in) / fan_in / len(plan.terms)) ** 0.5
@@ -258,7 +202,7 @@ def keeps_its_state(spec: Spec, shape: Shape, device: str) -> None:
     """state_dict through a layer on the meta device, deepcopy, and reset_parameters over all of the memory."""
     layer = make(spec, shape, device)
     x = inputs(layer, 5)
-    other = StructuredLinear(shape[1], shape[0], spec, device="meta", dtype=torch.float64)
+    other = layer_of(spec, shape[1], shape[0], device="meta", dtype=torch.float64)
     other.load_state_dict(layer.state_dict(), assign=True)
     assert_close(other(x), layer(x), 0)
     assert_close(copy.deepcopy(layer)(x), layer(x), 0)
@@ -309,7 +253,7 @@ def casts_as_linear_does(spec: Spec, shape: Shape, device: str) -> None:
 
 def passes_opcheck(spec: Spec, shape: Shape, device: str) -> None:
     """PyTorch's own checks of a custom op, on every contraction of the plan."""
-    layer = make(spec, shape, device)
+    layer = _matrix(spec, shape, device)
     for name, (_, step) in layer.plan.factors.items():
         z = torch.randn(3, *layer.plan.shape(step.x), dtype=torch.float64, device=device).requires_grad_()
         w = layer.stored(name)
@@ -336,13 +280,29 @@ CONTRACT: tuple[Promise, ...] = (
 )
 
 
+MIXTURE_CONTRACT: tuple[Promise, ...] = (
+    is_the_mixture_it_says,
+    takes_any_batch,
+    refuses_a_wrong_width,
+    has_right_gradients,
+    costs_what_it_says,
+    survives_json,
+    compiles_whole,
+    exports,
+    keeps_its_state,
+    is_accurate,
+    casts_as_linear_does,
+)
+"""What a mixture of experts promises: all that is not about one matrix, without torch.func and forward-mode AD."""
+
+
 def check(spec: Spec, shape: Shape, device: str = "cpu") -> None:
     """Hold one spec at one (out_features, in_features) to the whole contract.
 
     Raises:
         AssertionError: naming the first promise that it breaks.
     """
-    for promise in CONTRACT:
+    for promise in MIXTURE_CONTRACT if isinstance(spec, MoE) else CONTRACT:
         try:
             promise(spec, shape, device)
         except Exception as broken:

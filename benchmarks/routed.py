@@ -1,0 +1,170 @@
+"""Mixtures of experts in one linear layer, and in a whole block, beside dense ones. Writes records and prints them.
+
+    PYTHONPATH=src python benchmarks/routed.py --out results/routed-h200.json
+
+Layers: BTT-MoE of 8 experts, 2 for each token, beside nn.Linear and beside the same mixture with all experts computed
+and multiplied by a gate of zeros, as the published code does. Blocks: a decoder block with BTT-MoE in every linear
+layer, beside a dense one and one whose MLP is the standard mixture with the active parameters of the dense MLP. The
+time is that of forward and backward, with the losses of the routers, replayed as a CUDA graph; the mixture runs as it
+is and under torch.compile. Routers are random, so that all experts have work. Nothing is timed before the mixture
+agrees with the one that computes all experts. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import structlin as sl
+from structlin.bench.timing import Clock, capture, take_turns
+from structlin.machine import provenance
+from structlin.models.gpt import Block, GPTConfig, angles
+from structlin.nn import MoEFFN, RoutedLinear, Router, routing_load, routing_loss
+from structlin.report import records
+from structlin.testing import error
+
+SHAPES = ((1024, 4096), (2048, 8192), (4096, 4096))
+EXPERTS, TOP_K, SEED, CONTEXT, REPEATS = 8, 2, 0, 1024, 30
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+
+
+class AllExperts(nn.Module):
+    """The weights of a BTT-MoE layer of two cores, every expert computed for every token and then gated."""
+
+    def __init__(self, routed: RoutedLinear) -> None:
+        super().__init__()
+        self.router = routed.router
+        # (experts, c, f, rank, a) and (experts, f, e, c, rank), of rank 1
+        first, second = routed.first.detach()[:, :, :, 0], routed.second.detach()[..., 0]
+        self.first = nn.Parameter(first.permute(1, 3, 2, 0).contiguous())  # c, a, f, experts
+        self.second = nn.Parameter(second.permute(1, 3, 0, 2).contiguous())  # f, c, experts, e
+
+    def forward(self, x: Tensor) -> Tensor:
+        (c, a, f, experts), e = self.first.shape, self.second.shape[-1]
+        _, gate, routes = self.router(x)
+        chosen = torch.empty_like(routes.choice).scatter_(0, routes.choice, owner(routes.ends, routes.choice))
+        gates = x.new_zeros(x.shape[0], experts).scatter(1, chosen.view(gate.shape), gate.to(x.dtype))
+        z = torch.bmm(x.view(-1, c, a).transpose(0, 1), self.first.flatten(2)).view(c, -1, f, experts)
+        z = (z * gates[:, None, :]).permute(2, 1, 0, 3).flatten(2)
+        return torch.bmm(z, self.second.view(f, c * experts, e)).transpose(0, 1).flatten(1)
+
+
+def owner(ends: Tensor, rows: Tensor) -> Tensor:
+    """The expert of every row, in the order of the rows."""
+    return torch.searchsorted(ends, torch.arange(rows.shape[0], device=ends.device, dtype=torch.int32), right=True)
+
+
+class OnTokens(nn.Module):
+    """A decoder block on (tokens, width), read as sequences."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        config = GPTConfig(context=CONTEXT, width=width, heads=width // 64)
+        self.block = Block(config)
+        self.register_buffer("rotation", angles(config), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.view(-1, CONTEXT, x.shape[1]), self.rotation).flatten(0, 1)
+
+
+def on_device(module: nn.Module) -> nn.Module:
+    """The module, with routers that spread their tokens."""
+    module = module.to(device=DEVICE, dtype=DTYPE)
+    for router in (m for m in module.modules() if isinstance(m, Router)):
+        nn.init.normal_(router.weight, std=router.in_features**-0.5)
+    return module
+
+
+def training(module: nn.Module, run: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward; returns the gradient of the input."""
+    mixture = any(isinstance(m, Router) for m in module.modules())
+    x = x.detach().requires_grad_()
+    wanted = [x, *module.parameters()]
+
+    def step() -> Tensor:
+        y = run(x)
+        ends = [(y, dy), (routing_loss(module), None)] if mixture else [(y, dy)]
+        return torch.autograd.grad([end for end, _ in ends], wanted, [d for _, d in ends])[0]
+
+    return step
+
+
+def measure(modules: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, float]:
+    """Median milliseconds of each, replayed in turns; one that fails is left out and says why."""
+    graphs: dict[str, Callable[[], None]] = {}
+    for name, module in modules.items():
+        try:
+            run = torch.compile(module, fullgraph=True) if name.endswith("compiled") else module
+            step = training(module, run, x, dy)
+            for _ in range(3):
+                step()
+            graphs[name] = capture(step).replay
+        except Exception as failure:
+            print(f"  {name} failed: {failure!r}"[:600], flush=True)
+    times = take_turns(Clock(DEVICE), graphs, 1, REPEATS)
+    return {name: 1e3 * taken.median for name, taken in times.items()}
+
+
+def note(name: str, config: dict[str, object], metrics: dict[str, float]) -> records.Record:
+    print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+    where = provenance(" ".join(["python", *sys.argv]), SEED, DEVICE)
+    measured = {"config": config, "metrics": metrics, "status": "ok", "error": None}
+    return {"kind": "spike", "name": f"routed {name}", **where, **measured}
+
+
+def relative(times: dict[str, float], to: dict[str, str]) -> dict[str, float]:
+    """Times, and each of them over those named in ``to``, in which the label stands for a contender."""
+    metrics = {f"{name}_ms": ms for name, ms in times.items()}
+    for label, base in to.items():
+        metrics |= {f"{n}_over_{label}": ms / times[base] for n, ms in times.items() if n != base and base in times}
+    return metrics
+
+
+def layer(in_features: int, out_features: int, tokens: int) -> records.Record:
+    spec = sl.btt_moe(EXPERTS, TOP_K)
+    torch.manual_seed(SEED)
+    routed = on_device(RoutedLinear(in_features, out_features, spec, bias=False))
+    every, dense = AllExperts(routed), on_device(nn.Linear(in_features, out_features, bias=False))
+    x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE)
+    dy = torch.randn(tokens, out_features, device=DEVICE, dtype=DTYPE)
+    with torch.no_grad():
+        off = error(routed(x), every(x))
+    if not off < 0.02:
+        raise SystemExit(f"{in_features}->{out_features}: the mixture is {off:.3g} off the one of all experts")
+    modules = {"dense": dense, "all_experts": every, "all_experts_compiled": every}
+    times = measure(modules | {"routed": routed, "routed_compiled": routed}, x, dy)
+    load = next(iter(routing_load(routed).values())).load
+    config = {"spec": str(spec), "shape": [out_features, in_features], "tokens": tokens, "dtype": str(DTYPE)}
+    metrics = relative(times, {"dense": "dense", "all_experts": "all_experts"})
+    return note(f"{in_features}->{out_features}", config, metrics | {"error": off, "largest_load": load.max().item()})
+
+
+def block(width: int, tokens: int) -> records.Record:
+    spec = sl.btt_moe(EXPERTS, TOP_K)
+    torch.manual_seed(SEED)
+    dense, standard, routed = OnTokens(width), OnTokens(width), OnTokens(width)
+    standard.block.mlp = MoEFFN(width, 4 * width // TOP_K, EXPERTS, TOP_K)
+    sl.to_structured_(routed, {"*": spec})
+    modules = {"dense": on_device(dense), "standard_moe": on_device(standard), "routed": on_device(routed)}
+    x, dy = (torch.randn(tokens, width, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    times = measure(modules | {f"{name}_compiled": module for name, module in modules.items()}, x, dy)
+    config = {"spec": str(spec), "width": width, "context": CONTEXT, "tokens": tokens, "dtype": str(DTYPE)}
+    return note(f"block of width {width}", config, relative(times, {"dense": "dense", "standard_moe": "standard_moe"}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="times mixtures of experts beside dense layers")
+    parser.add_argument("--out", required=True, help="file for the records, JSON")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--blocks", type=int, nargs="*", default=[1024], help="widths of the blocks, none for no block")
+    arguments = parser.parse_args()
+    found = [layer(*shape, arguments.tokens) for shape in SHAPES]
+    found += [block(width, arguments.tokens) for width in arguments.blocks]
+    records.write(arguments.out, found)
+    ratios = [r["metrics"]["routed_over_dense"] for r in found if "routed_over_dense" in r["metrics"]]
+    print(f"routed over dense, median of {len(ratios)}: {statistics.median(ratios):.3g}")

@@ -1,0 +1,113 @@
+"""Mixtures of experts on a GPU: accurate in every dtype, without reading the device, as a graph and compiled."""
+
+import pytest
+import torch
+from torch import nn
+
+import structlin as sl
+from structlin.bench.timing import capture
+from structlin.nn import MoEFFN, routing_load, routing_loss, update_balance_
+from structlin.ops.ragged import blocked_mm, blocked_outer, ragged_mm, ragged_outer
+from structlin.testing import assert_as_accurate, inputs, make, plain
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+
+LAYERS = [
+    (sl.btt_moe(8, 2), (1024, 1024)),
+    (sl.btt_moe(8, 2), (4096, 1024)),
+    (sl.btt_moe(16, 4), (768, 3072)),
+    (sl.low_rank_moe(8, 2), (1024, 768)),
+    (sl.monarch_moe(4, 1, nblocks=8), (1024, 1024)),
+    (sl.dense_moe(4, 2), (512, 256)),
+    (sl.MoE(sl.Dyad(4), 4, 2, balance="bias"), (768, 3072)),
+    (sl.btt_moe(4, 2), (30, 42)),  # rows that no grouped GEMM takes
+]
+every_layer = pytest.mark.parametrize(("spec", "shape"), LAYERS, ids=str)
+
+
+def train(layer, run, x, dy):
+    x = x.detach().requires_grad_()
+    y = run(x)
+    return [y, *torch.autograd.grad((y, routing_loss(layer)), (x, *layer.parameters()), (dy, None))]
+
+
+def by_formula(layer):
+    def run(x):
+        layer(x)  # for its losses
+        return plain(layer, x)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_are_accurate(dtype):
+    """With experts that have no row at either end and in the middle, and rows that are no whole tile."""
+    for counts in ([0, 300, 0, 37, 1, 0], [128] * 4, [0, 0, 5], [1000]):
+        ends = torch.tensor(counts, device="cuda").cumsum(0).int()
+        for groups, k, n in ((1, 64, 128), (4, 32, 64), (3, 24, 8), (2, 5, 7)):
+            x, y = (torch.randn(groups, sum(counts), size, device="cuda", dtype=dtype) for size in (k, n))
+            w = torch.randn(groups, len(counts), k, n, device="cuda", dtype=dtype)
+            exact, outer = blocked_mm(x.double(), w.double(), ends), blocked_outer(x.double(), y.double(), ends)
+            for weight in (w, w.mT.contiguous().mT):
+                assert_as_accurate(ragged_mm(x, weight, ends), blocked_mm(x, w, ends), exact)
+            found = ragged_outer(x, y, ends)
+            assert_as_accurate(found, blocked_outer(x, y, ends), outer)
+            assert all((found[:, e] == 0).all() for e, count in enumerate(counts) if count == 0)
+
+
+@every_layer
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_is_accurate(spec, shape, dtype, compiled):
+    layer, exact = make(spec, shape, "cuda", dtype), make(spec, shape, "cuda")
+    nn.init.constant_(layer.router.weight, 0)
+    with torch.no_grad():  # logits that are the same in every dtype, so that all choose the same experts
+        layer.router.weight[:, : spec.experts] = torch.eye(spec.experts)
+    exact.load_state_dict(layer.state_dict())
+    torch._dynamo.reset()
+    run = torch.compile(layer, fullgraph=True) if compiled else layer
+    for tokens in (1, 333, 2048):
+        x, dy = inputs(layer, tokens), torch.randn(tokens, layer.out_features, device="cuda").to(dtype)
+        ours, naive = train(layer, run, x, dy), train(layer, by_formula(layer), x, dy)
+        truth = train(exact, by_formula(exact), x.double(), dy.double())
+        for a, b, c in zip(ours, naive, truth, strict=True):
+            assert_as_accurate(a, b, c, 4.0)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_step_does_not_wait_for_the_device(spec, shape, dtype):
+    layer = make(spec, shape, "cuda", dtype)
+    ffn = MoEFFN(shape[0], 64, 4, 2, device="cuda", dtype=dtype)
+    model = nn.Sequential(layer, ffn)
+    optimizer = torch.optim.AdamW(sl.param_groups(model, lr=1e-3), capturable=True)
+    x = inputs(layer, 500)
+    (model(x).float().sum() + routing_loss(model)).backward()  # what is set up once may wait
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (model(x).float().sum() + routing_loss(model)).backward()
+        optimizer.step()
+        routing_load(model)
+        if spec.balance == "bias":
+            update_balance_(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_layer
+def test_is_the_same_bits_every_time_and_as_a_graph(spec, shape):
+    layer = make(spec, shape, "cuda", torch.bfloat16)
+    x, dy = inputs(layer, 999), torch.randn(999, shape[0], device="cuda").bfloat16()
+    wanted = train(layer, layer, x, dy)
+    again = train(layer, layer, x, dy)
+    kept = []
+    graph = capture(lambda: kept.append(train(layer, layer, x, dy)) or kept[-1][0])
+    graph.replay()
+    for a, b, c in zip(wanted, again, kept[-1], strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
