@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from glob import escape
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -165,10 +166,18 @@ class StructlinQuantizer(HfQuantizer):
         structured = structure_(model, config)
         whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
         check_weights(model, weights, structured, whole)
+        for layer in map(model.get_submodule, structured):
+            # what initialises missing weights in some models, as GPT-2, asks for the weight of every layer
+            assert isinstance(layer, StructuredLinear)
+            dense = layer.as_weight(torch.empty(layer.out_features, layer.in_features, device="meta"))
+            vars(dense)["_is_hf_initialized"], vars(layer)["weight"] = True, dense
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            if isinstance(module, StructuredLinear):
+                vars(module).pop("weight", None)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
