@@ -50,7 +50,7 @@ LAYERS = (
     ("",),
     ("models", "train", "bench", "hf"),
     ("report",),
-    ("cli", "__main__"),
+    ("cli", "__main__", "convert_cli"),
 )
 SIDEWAYS = {
     ("checkpoint", "surgery"),
@@ -59,6 +59,7 @@ SIDEWAYS = {
     ("bench", "models"),
     ("train", "models"),
     ("__main__", "cli"),
+    ("cli", "convert_cli"),
 }
 WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
 

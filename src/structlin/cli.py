@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import convert_cli
 from .version import __version__
 
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_compare(commands)
     add_bench(commands)
     add_describe(commands)
+    convert_cli.add(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
