@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,7 +191,7 @@ def test_calibration_lowers_the_error_on_the_text(source, tmp_path, capfd):
     assert errors[1] < 0.7 * errors[0]
     assert (tmp_path / "fitted" / "tokenizer.json").exists()
     assert run("convert", source, tmp_path / "x", "--rules", *rules, "--calibrate", text) == 2
-    assert "the texts have 300 tokens, 2048 are asked for; ask for 1 to 300" in capfd.readouterr().err
+    assert "the texts have 300 tokens, 2048 are asked for; give 1 to 300" in capfd.readouterr().err
 
 
 def test_rules_come_from_text_and_json(tmp_path):
@@ -255,3 +257,29 @@ def test_folders_that_exist_or_are_of_the_other_kind_are_refused(source, tmp_pat
     assert "is quantized or structured already" in capfd.readouterr().err
     assert run("convert", tmp_path / "nowhere", tmp_path / "x", "--rules", *RULES) == 2
     assert "nowhere has no config.json" in capfd.readouterr().err
+
+
+MEMORY = """
+import resource, sys
+import structlin as sl, structlin.hf
+
+folder = sys.argv[1]
+structlin.hf.convert(folder + "/tiny", folder + "/first", {"*.up_proj": sl.Monarch(4)})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+structlin.hf.convert(folder + "/dense", folder + "/out", {"*.mlp.*": sl.Monarch(16)}, "init", part_bytes=1 << 24)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB on Linux only")
+def test_converting_takes_less_memory_than_the_model(tmp_path):
+    dense("llama").save_pretrained(tmp_path / "tiny")
+    config = hf.LlamaConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=10, num_attention_heads=8, vocab_size=4096
+    )
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="50MB")
+    size = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert taken < size / 2

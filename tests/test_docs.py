@@ -6,6 +6,7 @@ import doctest
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import structlin
+from structlin import cli
 from structlin.report import records
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,20 @@ def test_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     code = "".join(code for _, code in blocks(ROOT / "docs" / "training.md"))
     exec(compile(code, "training.md", "exec"), {})
     assert (tmp_path / "normalised" / "structures.json").exists()
+
+
+def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "convert.md"
+    code = "".join(code for _, code in blocks(page))
+    exec(compile(code, "convert.md", "exec"), {})
+    commands = re.findall(r"^structlin .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    made = {"structured", "dense-again", "dense", "monarch", "fresh", "dense-monarch"}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
 
 @pytest.mark.slow

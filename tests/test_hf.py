@@ -286,3 +286,24 @@ def test_training_resumed_from_a_folder_is_bit_equal(tmp_path):
 def test_the_guard_is_one_line_and_no_file_name():
     assert "import structlin.hf" in GUARD
     assert not GUARD.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def test_the_trainer_trains_and_saves_a_structured_model(tmp_path):
+    model = structured("llama")
+    before = logits(model, "llama")
+    ids = torch.randint(64, (8, 8), generator=torch.Generator().manual_seed(0))
+    options = hf.TrainingArguments(
+        tmp_path / "run", max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="steps", save_steps=1, activation_checkpointing=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    hf.Trainer(model=model, args=options, train_dataset=data).train()
+    model.eval()
+    assert not torch.equal(logits(model, "llama"), before)
+    twin = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(logits(twin, "llama"), logits(model, "llama"))
+    # from a checkpoint on, which the trainer reads by itself
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    resumed = hf.Trainer(model=again, args=options, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert torch.equal(logits(again.eval(), "llama"), logits(model, "llama"))

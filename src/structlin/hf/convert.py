@@ -86,18 +86,7 @@ def convert(
         problems.append("inputs are for weights='project'; leave them out")
     if problems:
         raise ValueError(f"cannot convert {source}:\n  " + "\n  ".join(problems))
-    kinds = {name: kind_of(model.get_submodule(name)) for name in names}
-    to_structured_(model, rules)
-    jobs = []
-    for key, name in _plain_names(model, stored, names).items():
-        layer, _, what = name.rpartition(".")
-        if layer not in names:
-            jobs.append(_copy(stored, key, name))
-        elif what == "weight":
-            made = Structured(layer, model.get_submodule(layer), kinds[layer], weights, seed, (inputs or {}).get(layer))
-            jobs.append(Job(layer, stored.sizes[key], partial(_make, made, stored, key), shown=True))
-        elif weights == "project":
-            jobs.append(_copy(stored, key, name))
+    jobs = _jobs(model, stored, rules, names, weights, seed, inputs or {})
     if dry_run:
         errors = {job.name: job.make()[1] if weights == "project" else None for job in jobs if job.shown}
     else:
@@ -110,6 +99,31 @@ def convert(
         values = model.config.to_diff_dict()
         errors = write(jobs, target, settings, part_bytes, lambda folder: _finish(folder, source, values), tell)
     return Conversion(replace(swap, error=errors[swap.name]) for swap in conversion)
+
+
+def _jobs(
+    model: PreTrainedModel,
+    stored: Weights,
+    rules: Mapping[str, Spec | None],
+    names: set[str],
+    weights: str,
+    seed: int,
+    inputs: Mapping[str, Tensor],
+) -> list[Job]:
+    """Convert the meta ``model`` and give what makes each of its tensors, in the order of the files."""
+    kinds = {name: kind_of(model.get_submodule(name)) for name in names}
+    to_structured_(model, rules)
+    jobs: list[Job] = []
+    for key, name in _plain_names(model, stored, names).items():
+        layer, _, what = name.rpartition(".")
+        if layer not in names:
+            jobs.append(_copy(stored, key, name))
+        elif what == "weight":
+            made = Structured(layer, model.get_submodule(layer), kinds[layer], weights, seed, inputs.get(layer))
+            jobs.append(Job(layer, stored.sizes[key], partial(_make, made, stored, key), shown=True))
+        elif weights == "project":
+            jobs.append(_copy(stored, key, name))
+    return jobs
 
 
 def open_dense(source: Path) -> tuple[PreTrainedModel, Weights]:
