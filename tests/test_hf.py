@@ -106,6 +106,9 @@ def test_a_loaded_model_is_a_plain_one(tmp_path):
     assert not hasattr(model.config, "transformers_weights")
     assert torch.equal(logits(copy.deepcopy(model), "llama"), logits(model, "llama"))
     assert {p.dtype for p in model.to(torch.bfloat16).parameters()} == {torch.bfloat16}
+    placed = hf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    program = torch.export.export(placed, (), {**example("llama"), "use_cache": False})
+    assert torch.equal(program.module()(**example("llama"), use_cache=False).logits, placed(**example("llama")).logits)
     narrow = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
 
