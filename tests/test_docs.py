@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import structlin
+from structlin import cli
 from structlin.report import records
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,20 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = "".join(code for _, code in blocks(ROOT / "docs" / "experts.md"))
     exec(compile(code, "experts.md", "exec"), {})
     assert "0.router" in capsys.readouterr().out
+
+
+def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "convert.md"
+    code = "".join(code for _, code in blocks(page))
+    exec(compile(code, "convert.md", "exec"), {})
+    commands = re.findall(r"^structlin .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    made = {"structured", "dense-again", "dense", "monarch", "fresh", "dense-monarch"}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
 
 @pytest.mark.slow

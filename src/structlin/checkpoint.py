@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .nn import RoutedLinear, StructuredLinear, layer_of, normalise_
 from .nn.guide import attach
+from .nn.kinds import kind_of
 from .nn.normalised import is_normalised
 from .spec import Spec
 from .surgery import to_structured_
@@ -94,7 +95,7 @@ def load(model: Model, folder: str | os.PathLike[str], device: str | torch.devic
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     state |= {alias: state[name] for alias, name in header["tied"].items() if name in state}
     extras = _extras(specs, state)
-    expected = _expected(current, fresh)
+    expected = _expected(model, current, fresh)
     _expect_extras(expected, model, specs, extras)
     problems = _misfits(expected, state, cast=not meta) + _broken_ties(current, state)
     if problems:
@@ -212,14 +213,16 @@ def _extras(specs: Mapping[str, Spec], state: Mapping[str, Tensor]) -> dict[str,
     return {name: Extras(name in gains, f"{name}.guide.weight" in state) for name in specs}
 
 
-def _expected(current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+def _expected(model: nn.Module, current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     """What the state of the model will be once it has these structures; factors as meta tensors."""
-    expected = dict(current)
+    expected, modules = dict(current), dict(model.named_modules(remove_duplicate=False))
     for name, spec in specs.items():
+        dense = modules.get(name)
+        kind = None if dense is None else kind_of(dense)
         weight = expected.pop(f"{name}.weight", None)
-        if weight is None or weight.dim() != 2:
+        if dense is None or kind is None or weight is None:
             raise ValueError(f"the model has no linear layer {name!r}, which was saved as {spec}")
-        out_features, in_features = weight.shape
+        out_features, in_features = kind.shape_of(dense)
         layer = layer_of(spec, in_features, out_features, bias=False, device="meta")
         expected |= {f"{name}.{key}": tensor.to(weight.dtype) for key, tensor in layer.state_dict().items()}
     return expected
@@ -231,8 +234,13 @@ def _expect_extras(
     """Add what normalised factors and guides bring to the state that is ``expected``."""
     for name, extra in extras.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear | StructuredLinear | RoutedLinear)
-        shape, dtype = (layer.out_features, layer.in_features), next(layer.parameters()).dtype
+        kind = kind_of(layer)
+        if isinstance(layer, StructuredLinear | RoutedLinear):
+            shape = layer.out_features, layer.in_features
+        else:
+            assert kind is not None
+            shape = kind.shape_of(layer)
+        dtype = next(layer.parameters()).dtype
         for factor in specs[name].plan(*shape).factors if extra.normalised else ():
             if f"{name}.{factor}" in expected:
                 prefix = f"{name}.parametrizations.{factor}"

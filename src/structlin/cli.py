@@ -24,6 +24,11 @@ COMMANDS = {
     "describe": ("commands.describe", "what a structure at a shape is, costs and runs, from its description alone"),
     "tune": ("commands.tune", "choose backends ahead of time: measure layers here and remember what is fastest"),
     "eval": ("evaluate.cli", "loss on a text, minimal pairs and few-shot prompts for a language model"),
+    "convert": ("commands.convert", "give a Hugging Face model folder structured layers"),
+    "densify": (
+        "commands.densify",
+        "turn the structured layers of a Hugging Face model folder into dense ones of the same function",
+    ),
     "finetune": ("evaluate.finetune_cli", "train a language model on a classification task and measure it"),
 }
 """Name -> module (with ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(options, command) -> status``), help."""

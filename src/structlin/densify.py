@@ -71,7 +71,11 @@ def densify_(
             regroup.forget(optimizer, rule.stored(layer).values())
             regroup.join(optimizer, dense.get_parameter("weight"), group, lr)
             if carried.get(layer):
-                optimizer.state[dense.weight] = carried[layer]
+                shape = layer.out_features, layer.in_features
+                optimizer.state[dense.get_parameter("weight")] = {
+                    key: layer.as_weight(value) if getattr(value, "shape", None) == shape else value
+                    for key, value in carried[layer].items()
+                }
     return replace(model, twins)
 
 

@@ -112,8 +112,8 @@ def _matrix(layer: StructuredLinear, varied: dict[str, Tensor]) -> Tensor:
     example = next(iter(wide.values()))
     eye = torch.eye(layer.in_features, dtype=example.dtype, device=example.device)
     with torch.autocast(example.device.type, enabled=False):
-        matrix: Tensor = functional_call(layer, wide, (eye,))
-    return matrix
+        matrix: Tensor = functional_call(layer, wide, (eye.reshape(*eye.shape, *(1,) * layer.spatial),))
+    return matrix.flatten(1)
 
 
 def _pushed(layer: StructuredLinear, along: dict[str, Tensor]) -> Tensor:

@@ -4,65 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import analysis
+from .conversion import Conversion, Swap, swap
 from .nn import RoutedLinear, StructuredLinear, layer_of
 from .nn.init import check as check_init
+from .nn.kinds import kind_of
 from .nn.projection import check
 from .progress import shown
 from .spec import Spec
 from .structures import MoE
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One layer of a `Conversion`: FLOPs are forward ones per token, parameters without the bias.
-
-    ``padded`` is the (out_features, in_features) of the matrix where it is padded. Padding is in all costs.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    spec: Spec
-    params: int
-    dense_params: int
-    flops: int
-    dense_flops: int
-    padded: tuple[int, int] | None = None
-
-
-class Conversion(list[Swap]):
-    """The layers that `to_structured_` swapped, or would swap; prints as a table with totals."""
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "shape", "spec", "params", "of dense", "FLOPs/token", "of dense")]
-        rows += [_row(s.name, _shape(s), str(s.spec), [s]) for s in self]
-        rows += [_row("total", "", "", self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _shape(swap: Swap) -> str:
-    padded = f" padded to {swap.padded[0]}x{swap.padded[1]}" if swap.padded else ""
-    return f"{swap.out_features}x{swap.in_features}{padded}"
-
-
-def _row(name: str, shape: str, spec: str, swaps: list[Swap]) -> tuple[str, ...]:
-    params, flops = sum(s.params for s in swaps), sum(s.flops for s in swaps)
-    dense_params, dense_flops = sum(s.dense_params for s in swaps), sum(s.dense_flops for s in swaps)
-    return (
-        name, shape, spec,
-        f"{params:,}", f"{params / max(1, dense_params):.1%}",
-        f"{flops:,}", f"{flops / max(1, dense_flops):.1%}",
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -73,8 +30,12 @@ def to_structured_(
     dry_run: bool = False,
     init: str = "spectral",
     progress: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Conversion:
-    """Replace the ``nn.Linear`` layers of ``model`` whose names match, in place.
+    """Replace the linear layers of ``model`` whose names match, in place.
+
+    These are ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` of kernel size 1, and, once `structlin.hf` is imported,
+    the ``Conv1D`` of GPT-2.
 
     >>> from structlin.structures import Monarch
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 10))
@@ -86,48 +47,67 @@ def to_structured_(
         rules: glob over module names -> spec; the first matching glob wins, ``None`` keeps the layer dense.
         weights: "init" draws factors and bias afresh; "project" takes those nearest to the dense weight and
             keeps the bias.
-        dry_run: check and report only.
+        dry_run: check and report only; with "project", fit every layer, for the errors, and drop it.
         init: how factors are drawn, as in `StructuredLinear`.
         progress: whether a line on stderr, where that is a terminal, says what is done and the time left.
+        inputs: name of a layer -> typical inputs (*, in_features), to which "project" then fits that layer, as
+            `project`; layers without any are fitted to their weight. `structlin.calibration` records them.
 
     Returns:
-        The swapped layers, with their costs beside dense ones.
+        The swapped layers, with their costs beside dense ones, and the error of the projection.
 
     Raises:
         ValueError: one message with every problem: a shape that does not fit, a rule that matches nothing, a weight
             that another module shares, a layer that is more than a plain ``nn.Linear`` (a subclass, a parametrization,
-            hooks), a weight that cannot be projected. The model is unchanged then.
+            hooks), a weight that cannot be projected, inputs that belong to no layer. The model is unchanged then.
     """
     if weights not in ("init", "project"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: 'init', 'project'")
     check_init(init)
+    names, (conversion, problems) = _linears(model), planned(model, rules, weights)
+    problems += _stray(inputs or {}, conversion, weights)
+    if problems:
+        raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
+    if dry_run and weights == "init":
+        return conversion
+    # all are built before one is put in place: running out of memory, too, leaves the model as it was
+    layers, done = {}, Conversion()
+    for change in shown((s.name, _effort(s), s) for s in conversion) if progress else conversion:
+        dense = model.get_submodule(change.name)
+        layer, distance = _build(dense, change.spec, weights, init, (inputs or {}).get(change.name))
+        done.append(with_changes(change, error=distance))
+        if not dry_run:
+            layers[change.name] = layer
+    for alias, layer in ((alias, layer) for name, layer in layers.items() for alias in names[name]):
+        model.set_submodule(alias, layer)
+    return done
+
+
+def planned(model: nn.Module, rules: Mapping[str, Spec | None], weights: str) -> tuple[Conversion, list[str]]:
+    """What `to_structured_` would do to ``model``, and every problem with it."""
     names = _linears(model)
     chosen, problems = _resolve(names, rules)
     owners = _owners(model)
     conversion = Conversion()
     for name, spec in chosen.items():
         dense = model.get_submodule(name)
-        assert isinstance(dense, nn.Linear)
+        shape = _kind(dense).shape_of(dense)
         try:
             _refuse(model, names[name], dense, owners)
+            if isinstance(spec, MoE):
+                conversion.append(_mixture(name, dense, spec, weights))
+                continue
+            plan = spec.plan(*shape)
             if weights == "project":
-                _check_projection(dense, spec)
-            conversion.append(_swap(name, dense, spec))
+                check(plan, _kind(dense).as_matrix(dense.get_parameter("weight")), spec.masks(plan))
+            conversion.append(swap(name, spec, plan))
         except ValueError as error:
-            problems.append(f"{name} ({dense.out_features}x{dense.in_features}): {error}")
-    if problems:
-        raise ValueError("cannot convert the model:\n  " + "\n  ".join(problems))
-    if not dry_run:
-        # all are built before one is put in place: running out of memory, too, leaves the model as it was
-        swaps = shown((s.name, _effort(s), s) for s in conversion) if progress else conversion
-        layers = {s.name: _build(model.get_submodule(s.name), s.spec, weights, init) for s in swaps}
-        for alias, layer in ((alias, layer) for name, layer in layers.items() for alias in names[name]):
-            model.set_submodule(alias, layer)
-    return conversion
+            problems.append(f"{name} ({shape[0]}x{shape[1]}): {error}")
+    return conversion, problems
 
 
 def to_dense_(model: nn.Module) -> list[str]:
-    """Replace every `StructuredLinear` of ``model`` by the ``nn.Linear`` of the same function.
+    """Replace every `StructuredLinear` of ``model`` by the dense layer of the same function.
 
     Returns:
         The names of the replaced layers, all of them where one layer has several.
@@ -139,7 +119,7 @@ def to_dense_(model: nn.Module) -> list[str]:
     return replace(model, dense_twins(model))
 
 
-def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Linear]:
+def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Module]:
     """What `to_dense_` replaces, and by what; raises as it does."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model is itself a StructuredLinear and cannot be replaced in place; use its to_dense()")
@@ -155,10 +135,10 @@ def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Linear]:
             problems.append(f"{name}: has hooks, which would be lost; remove them first")
     if problems:
         raise ValueError("cannot make the model dense:\n  " + "\n  ".join(problems))
-    return {layer: layer.to_dense() for layer in dict.fromkeys(layer for _, layer in found)}
+    return {layer: layer.to_dense_layer() for layer in dict.fromkeys(layer for _, layer in found)}
 
 
-def replace(model: nn.Module, twins: Mapping[StructuredLinear, nn.Linear]) -> list[str]:
+def replace(model: nn.Module, twins: Mapping[StructuredLinear, nn.Module]) -> list[str]:
     """Put the dense layers of ``twins`` in the places of the structured ones; all names that were replaced."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {name: twins[module] for name, module in modules.items() if isinstance(module, StructuredLinear)}
@@ -171,7 +151,7 @@ def _linears(model: nn.Module) -> dict[str, list[str]]:
     """First name -> all names of every linear layer."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name:
+        if name and kind_of(module) is not None:
             names.setdefault(module, []).append(name)
     return {aliases[0]: aliases for aliases in names.values()}
 
@@ -195,7 +175,7 @@ def _resolve(names: dict[str, list[str]], rules: Mapping[str, Spec | None]) -> t
             chosen[name] = spec
     for glob in (glob for glob in rules if glob not in used):
         shadowed = any(fnmatchcase(alias, glob) for aliases in names.values() for alias in aliases)
-        why = "is never used: earlier rules match all its layers" if shadowed else "matches no nn.Linear"
+        why = "is never used: earlier rules match all its layers" if shadowed else "matches no linear layer"
         problems.append(f"rule {glob!r} {why}")
     return chosen, problems
 
@@ -205,19 +185,35 @@ def _owners(model: nn.Module) -> Counter[int]:
     return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
 
 
-def _refuse(model: nn.Module, names: list[str], dense: nn.Linear, owners: Counter[int]) -> None:
+def _stray(inputs: Mapping[str, Tensor], conversion: Conversion, weights: str) -> list[str]:
+    """What is wrong with ``inputs`` as a whole; their widths are checked where they are used."""
+    if inputs and weights != "project":
+        return ["inputs are for weights='project'; leave them out"]
+    known = {change.name for change in conversion}
+    return [f"inputs are given for {name!r}, which no rule converts" for name in inputs if name not in known]
+
+
+def _kind(dense: nn.Module) -> type[StructuredLinear]:
+    kind = kind_of(dense)
+    assert kind is not None
+    return kind
+
+
+def _refuse(model: nn.Module, names: list[str], dense: nn.Module, owners: Counter[int]) -> None:
     if parametrize.is_parametrized(dense):
         raise ValueError("is parametrized; remove the parametrization first, or keep it by a None rule")
-    if type(dense) is not nn.Linear:
+    if type(dense) is not _kind(dense).stands_for:
         raise ValueError(
             f"is a {type(dense).__name__}, whose owner may use its weight directly; keep it by a None rule"
         )
     if any(owners[id(parameter)] > 1 for parameter in dense.parameters()):
-        raise ValueError("shares its weight with another module; untie it first, or keep it by a None rule")
+        others = _sharers(model, dense, names)
+        raise ValueError(f"shares its weight with {others}; untie it first, or keep it by a None rule")
     if _is_hooked(dense) or not dense.state_dict().keys() <= {"weight", "bias"}:
         raise ValueError("has hooks or tensors of its own, which would be lost; remove them, or keep it by a None rule")
-    if not (dense.weight.is_floating_point() or dense.weight.is_complex()):
-        raise ValueError(f"has a weight of dtype {dense.weight.dtype}, which cannot be trained; keep it by a None rule")
+    weight = dense.get_parameter("weight")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise ValueError(f"has a weight of dtype {weight.dtype}, which cannot be trained; keep it by a None rule")
     parents = (model.get_submodule(name.rpartition(".")[0]) for name in names)
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         raise ValueError(
@@ -234,20 +230,22 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(forward + backward) or "forward" in vars(module)
 
 
-def _check_projection(dense: nn.Linear, spec: Spec) -> None:
-    if isinstance(spec, MoE):
+def _mixture(name: str, dense: nn.Module, spec: MoE, weights: str) -> Swap:
+    if weights == "project":
         raise ValueError(f"{spec} is no matrix to project to; use weights='init', or keep the layer by a None rule")
-    plan = spec.plan(dense.out_features, dense.in_features)
-    check(plan, dense.weight, spec.masks(plan))
-
-
-def _swap(name: str, dense: nn.Linear, spec: Spec) -> Swap:
+    if not isinstance(dense, nn.Linear):
+        raise ValueError(f"a {type(dense).__name__} has no tokens to route; allowed for {spec}: nn.Linear")
     rows, columns = dense.out_features, dense.in_features
-    plan = spec.expert_plan(rows, columns) if isinstance(spec, MoE) else spec.plan(rows, columns)
-    own = spec.costs(rows, columns) if isinstance(spec, MoE) else (analysis.num_params(plan), analysis.flops(plan))
-    params, flops = own
-    padded = plan.padded if plan.kept else None
-    return Swap(name, columns, rows, spec, params, rows * columns, flops, 2 * rows * columns, padded)
+    spec.expert_plan(rows, columns)
+    params, flops = spec.costs(rows, columns)
+    return Swap(name, columns, rows, spec, params, rows * columns, flops, 2 * rows * columns)
+
+
+def _sharers(model: nn.Module, dense: nn.Module, names: list[str]) -> str:
+    """The names of the other modules that hold a parameter of ``dense``."""
+    own = {id(parameter) for parameter in dense.parameters()}
+    found = [n for n, m in model.named_modules() if own & {id(p) for p in m.parameters(recurse=False)}]
+    return ", ".join(name for name in found if name not in names)
 
 
 def _effort(swap: Swap) -> int:
@@ -255,14 +253,35 @@ def _effort(swap: Swap) -> int:
     return swap.dense_params * min(swap.in_features, swap.out_features)
 
 
-def _build(dense: nn.Module, spec: Spec, weights: str, init: str) -> StructuredLinear | RoutedLinear:
-    assert isinstance(dense, nn.Linear)
-    bias, weight = dense.bias, dense.weight
-    layer = layer_of(spec, dense.in_features, dense.out_features, bias is not None, weight.device, weight.dtype, init)
+def _build(
+    dense: nn.Module, spec: Spec, weights: str, init: str, inputs: Tensor | None
+) -> tuple[StructuredLinear | RoutedLinear, float | None]:
+    """The layer for ``dense``, and how far its matrix is from that of ``dense`` if it was projected."""
+    kind = _kind(dense)
+    (rows, columns), weight = kind.shape_of(dense), dense.get_parameter("weight")
+    bias = dense._parameters.get("bias")
+    layer: StructuredLinear | RoutedLinear
+    if isinstance(spec, MoE):
+        layer = layer_of(spec, columns, rows, bias is not None, weight.device, weight.dtype, init)
+    else:
+        layer = kind(columns, rows, spec, bias is not None, weight.device, weight.dtype, init=init)
+    distance = None
     if weights == "project" and isinstance(layer, StructuredLinear):
-        layer.project_(weight)
-        if layer.bias is not None:
+        distance = fit_(layer, kind.as_matrix(weight), inputs)
+        if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
     for name, parameter in layer.named_parameters():
-        parameter.requires_grad_((bias if name == "bias" else weight).requires_grad)
-    return layer.train(dense.training)
+        source = bias if name == "bias" and bias is not None else weight
+        parameter.requires_grad_(source.requires_grad)
+    return layer.train(dense.training), distance
+
+
+def fit_(layer: StructuredLinear, matrix: Tensor, inputs: Tensor | None = None) -> float:
+    """Project ``matrix`` (out_features, in_features) into ``layer``; the relative error, as in `Swap`."""
+    layer.project_(matrix, inputs)
+    wide = layer.matrix()
+    target = matrix.to(wide.dtype)
+    if inputs is not None:
+        x = inputs.reshape(-1, matrix.shape[1]).to(wide.device, wide.dtype)
+        return float((x @ (target - wide).T).norm() / (x @ target.T).norm().clamp(min=torch.finfo(x.dtype).tiny))
+    return float((target - wide).norm() / target.norm().clamp(min=torch.finfo(target.real.dtype).tiny))

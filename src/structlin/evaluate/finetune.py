@@ -184,4 +184,5 @@ def _train(model: nn.Module, parts: dict[str, list[dict[str, Any]]], tuning: Tun
             model, arguments, collate, parts["train"], parts["dev"], optimizers=(optimizer, None)
         )
         trainer.train()
-        return torch.as_tensor(trainer.predict(parts["dev"]).predictions).float()
+        dev: Any = parts["dev"]  # a list serves as a map-style dataset
+        return torch.as_tensor(trainer.predict(dev).predictions).float()

@@ -2,6 +2,7 @@
 
 from .explain import explain
 from .gated import GatedSum
+from .kinds import StructuredConv1d, StructuredConv2d
 from .linear import StructuredLinear
 from .moe_ffn import MoEFFN
 from .normalised import normalise_
@@ -17,6 +18,8 @@ __all__ = [
     "MoEFFN",
     "RoutedLinear",
     "Router",
+    "StructuredConv1d",
+    "StructuredConv2d",
     "StructuredLinear",
     "explain",
     "layer_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class StructuredLinear(nn.Module):
     spec: Spec
     plan: Plan
     bias: nn.Parameter | None
+    stands_for: ClassVar[type[nn.Module]] = nn.Linear
+    spatial: ClassVar[int] = 0  # dimensions of the input after its features
 
     def __init__(
         self,
@@ -254,24 +256,69 @@ class StructuredLinear(nn.Module):
         return self._weight[1]
 
     @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """What this layer does to the identity, guide included: (out_features, in_features), without the bias.
+
+        On the device of the factors, in their dtype or, where that is half precision, in float32.
+        """
+        factors, guide = self._factors(), self._modules.get("guide")
+        wide = torch.promote_types(factors[0].dtype, torch.float32)
+        weight = self._materialize([factor.to(wide) for factor in factors])
+        return weight if guide is None else cast("Guide", guide).mixed(weight)
+
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same function, guide included, on the same device and in the same dtype.
 
-        Its weight is that of the dense backend, the factors multiplied with each other. Half precision factors are
-        multiplied in float32 and rounded once.
+        Its weight is `matrix`, rounded once where the layer is of half precision.
         """
-        factors = self._factors()
-        device, dtype = factors[0].device, factors[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        dense = dense.to_empty(device=device)  # nothing is drawn, so the random state stays as it is
-        weight, guide = self._materialize([factor.to(wide) for factor in factors]), self._modules.get("guide")
-        dense.weight.copy_(weight if guide is None else cast("Guide", guide).mixed(weight))
-        dense.weight.requires_grad_(any(p.requires_grad for name, p in self.named_parameters() if name != "bias"))
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-            dense.bias.requires_grad_(self.bias.requires_grad)
+        factor = self._factors()[0]
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=factor.dtype)
+        self._fill(dense, self.matrix())
         return dense.train(self.training)
+
+    def to_dense_layer(self) -> nn.Module:
+        """As `to_dense`, but the kind of layer that this one ``stands_for``; what `to_dense_` puts in its place."""
+        dense = self._dense_like(self._factors()[0].dtype)
+        self._fill(dense, self.as_weight(self.matrix()))
+        return dense.train(self.training)
+
+    def _dense_like(self, dtype: torch.dtype) -> nn.Module:
+        """A layer of the kind that this one stands for, on the meta device."""
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+
+    @torch.no_grad()
+    def _fill(self, dense: nn.Module, weight: Tensor) -> None:
+        """Give ``dense``, which is on the meta device, ``weight`` and this layer's bias."""
+        dense.to_empty(device=weight.device)  # nothing is drawn, so the random state stays as it is
+        for name, parameter in dense.named_parameters():
+            value = weight if name == "weight" else self.bias
+            assert value is not None
+            parameter.copy_(value)
+        trained = [p.requires_grad for name, p in self.named_parameters() if name != "bias"]
+        dense.get_parameter("weight").requires_grad_(any(trained))
+        if self.bias is not None:
+            dense.get_parameter("bias").requires_grad_(self.bias.requires_grad)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a ``module`` of the class that this one stands for is a linear layer."""
+        return True
+
+    @classmethod
+    def shape_of(cls, module: nn.Module) -> tuple[int, int]:
+        """Rows and columns of the matrix of ``module``, (out_features, in_features)."""
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+    @classmethod
+    def as_matrix(cls, weight: Tensor) -> Tensor:
+        """The weight of what this stands for as a matrix (out_features, in_features)."""
+        return weight
+
+    @classmethod
+    def as_weight(cls, matrix: Tensor) -> Tensor:
+        """A matrix (out_features, in_features) as the weight of what this stands for."""
+        return matrix
 
     def extra_repr(self) -> str:
         params, compute = analysis.num_params(self.plan), analysis.compute(self.plan)

@@ -23,11 +23,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..conversion import Conversion
 from ..machine import describe_device, provenance, versions
 from ..models.gpt import GPT, flops_per_token
 from ..optim import param_groups
 from ..report.records import Record
-from ..surgery import Conversion, to_structured_
+from ..surgery import to_structured_
 from . import data, state
 from .config import DTYPES, PRESETS, Config, rules
 
