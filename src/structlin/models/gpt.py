@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import analysis
-from ..nn import StructuredLinear
+from .flops import linear_flops
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,4 @@ def flops_per_token(model: GPT) -> int:
     ``(context + 1) / 2`` positions that a causal token sees on average. Norms, activations and lookups are left out.
     """
     config = model.config
-    linears = 0
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            linears += analysis.flops(module.plan)
-        elif isinstance(module, nn.Linear):
-            linears += 2 * module.in_features * module.out_features
-    return linears + config.depth * 2 * config.width * (config.context + 1)
+    return linear_flops(model) + config.depth * 2 * config.width * (config.context + 1)

@@ -1,0 +1,19 @@
+"""What the linear layers of any model cost, structured ones by their plan: the one count that every report uses."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .. import analysis
+from ..nn import StructuredLinear
+
+
+def linear_flops(model: nn.Module) -> int:
+    """Forward FLOPs per token of all linear layers, a multiply-add counted as two; guides are left out."""
+    flops = 0
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            flops += analysis.flops(module.plan)
+        elif isinstance(module, nn.Linear):
+            flops += 2 * module.in_features * module.out_features
+    return flops
