@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from .data import files, read_text
 
-PIECE = 1 << 16
+PIECE = 1 << 12
 """Characters of a piece of a long text, at least; it ends with a line."""
 KINDS = (".txt", ".text", ".md", ".jsonl", ".parquet")
 PACKED = (".xz", ".gz", ".zst")

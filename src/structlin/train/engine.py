@@ -8,6 +8,7 @@ failed.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +39,18 @@ class Engine:
         OptionError: for devices that are not there or do not divide the batch, and methods that need one process.
     """
 
-    def __init__(self, recipe: Recipe, vocabulary: int) -> None:
-        self.recipe, self.vocabulary = recipe, vocabulary
-        self.accelerator = _accelerator(recipe)
+    def __init__(self, recipe: Recipe, vocabulary: int, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
         self.device: torch.device = self.accelerator.device
         world = self.accelerator.num_processes
         if recipe.batch % world:
             raise OptionError("--batch", f"{recipe.batch} windows cannot be shared by {world} processes")
         if world > 1 and recipe.method != "scratch":
             raise OptionError("--method", f"{recipe.method} changes the model while it trains; use one process")
+        rows = recipe.batch // world
+        if rows > recipe.micro_batch and rows % recipe.micro_batch:
+            message = f"{recipe.micro_batch} windows do not divide the {rows} of a process"
+            raise OptionError("--micro-batch", message)
         self.model, self.conversion = models.build(recipe, vocabulary, self.device)
         self.guide = self._guide()
         self.optimizer = models.optimizer(recipe, self.model)
@@ -65,6 +69,11 @@ class Engine:
         """The part of a batch that this process trains on."""
         part = len(windows) // self.accelerator.num_processes
         return windows[part * self.accelerator.process_index :][:part]
+
+    def warm_up(self, windows: Tensor) -> None:
+        """One pass without an update, so that kernels compile outside of the timed steps."""
+        self.accelerator.backward(self.loss(windows[: self.recipe.micro_batch].to(self.device)))
+        self.optimizer.zero_grad()
 
     def update(self, windows: Tensor, step: int) -> None:
         """Update ``step``, counted from 0, on this process's ``windows``, int64 ``[rows, context + 1]``."""
@@ -150,11 +159,17 @@ class Engine:
         return (self.recipe.seed * SEEDS + step) * SEEDS + self.accelerator.process_index & (2**63 - 1)
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def accelerator_for(recipe: Recipe, folder: Path | None = None) -> Accelerator:
+    """The processes and devices of a run, and its trackers, which write below ``folder``.
+
+    Raises:
+        OptionError: for a device that is not there.
+    """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("--device", "cuda is given and there is none; allowed: cpu, auto")
     options: dict[str, Any] = {"cpu": recipe.device == "cpu", "mixed_precision": "no"}
     if recipe.parallel == "fsdp2":
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
-        options["fsdp_plugin"] = plugin
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    if recipe.trackers:
+        options |= {"log_with": list(recipe.trackers), "project_dir": folder}
     return Accelerator(**options)
