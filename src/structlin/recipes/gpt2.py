@@ -1,5 +1,4 @@
-"""GPT-2 (Radford et al. 2019), the models that Monarch and Pixelfly (Dao et al. 2022; Chen et al. 2022) are published on.
-"""
+"""GPT-2 (Radford et al. 2019), on which Monarch (Dao et al. 2022) and Pixelfly (Chen et al. 2022) are published."""
 
 from __future__ import annotations
 

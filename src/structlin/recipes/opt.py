@@ -1,5 +1,4 @@
-"""OPT (Zhang et al. 2022), the models that DYAD (Chandy et al. 2023) is published on: ReLU MLPs of four times the width.
-"""
+"""OPT (Zhang et al. 2022), on which DYAD (Chandy et al. 2023) is published: ReLU MLPs of four times the width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pythia (Biderman et al. 2023): GPT-NeoX blocks, attention and MLP in parallel, rotary positions, untied embeddings."""
+"""Pythia (Biderman et al. 2023): GPT-NeoX, attention beside the MLP, rotary positions, untied embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a recipe tiny: sizes and a budget for one CPU core and a few seconds; the rest is that of the large one."""
+"""What makes a recipe tiny: sizes and a budget for a CPU core and seconds; the rest is that of the large one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import dataclasses
 from ..train.recipe import Recipe
 
 
-def tiny(recipe: Recipe, name: str, **sizes: int) -> Recipe:
+def tiny(recipe: Recipe, name: str, mlp_width: int = 256) -> Recipe:
     """``recipe`` at a width of 64 and two blocks, in float32 and not compiled."""
-    small = {"width": 64, "depth": 2, "heads": 4, "mlp_width": 256, **sizes}
     return dataclasses.replace(
         recipe,
         name=name,
-        **small,
+        width=64,
+        depth=2,
+        heads=4,
+        mlp_width=mlp_width,
         context=64,
         vocabulary=512,
         valid_share=0.1,

@@ -31,7 +31,8 @@ def blame(model: nn.Module, loss: Loss, pieces: Iterable[Tensor]) -> str:
 def _watched(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
     """The first layer whose output, or else whose gradient, is not finite in one pass forward and backward."""
     found: list[str] = []
-    leaves = {m: n for n, m in model.named_modules() if not any(m.children()) or next(m.parameters(False), None) is not None}
+    named = model.named_modules()
+    leaves = {module: name for name, module in named if next(module.parameters(False), None) is not None}
 
     def forward(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not found and not output.isfinite().all():

@@ -102,7 +102,8 @@ def checksum(tensors: dict[str, Tensor]) -> int:
     """CRC-32 of the bytes of all tensors, in the order of their names."""
     total = 0
     for _, tensor in sorted(tensors.items()):
-        total = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(data.tobytes(), total)
     return total
 
 

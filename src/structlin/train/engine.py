@@ -53,8 +53,8 @@ class Engine:
             raise OptionError("--micro-batch", message)
         self.model, self.conversion = models.build(recipe, vocabulary, self.device)
         self.guide = self._guide()
-        self.optimizer = models.optimizer(recipe, self.model)
-        self._prepare()
+        self.wrapped, self.optimizer = self._prepared()
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.densified = False
         self.restart()
 
@@ -72,8 +72,10 @@ class Engine:
 
     def warm_up(self, windows: Tensor) -> None:
         """One pass without an update, so that kernels compile outside of the timed steps."""
-        self.accelerator.backward(self.loss(windows[: self.recipe.micro_batch].to(self.device)))
+        loss = self.loss(windows[: self.recipe.micro_batch].to(self.device))
+        self.accelerator.backward(loss)
         self.optimizer.zero_grad()
+        loss.item()  # waits
 
     def update(self, windows: Tensor, step: int) -> None:
         """Update ``step``, counted from 0, on this process's ``windows``, int64 ``[rows, context + 1]``."""
@@ -125,7 +127,7 @@ class Engine:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak
         densify_(self.model, self.optimizer, self.recipe.moments, self.recipe.lr)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.densified = True
 
     def _switch(self, step: int) -> None:
@@ -149,14 +151,15 @@ class Engine:
             return None
         return guide_(self.model, max(1, round(self.recipe.guided * self.recipe.steps)), seed=self.recipe.seed)
 
-    def _prepare(self) -> None:
+    def _prepared(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """What runs the model on all processes, and the optimizer of the parameters that it has then."""
         language_model = models.LanguageModel(self.model, self.recipe.compile)
-        self.wrapped, prepared = self.accelerator.prepare(language_model, self.optimizer)
-        self.optimizer = prepared.optimizer
-        self.peaks: list[float] = [group["lr"] for group in self.optimizer.param_groups]
+        wrapped, prepared = self.accelerator.prepare(language_model, models.optimizer(self.recipe, self.model))
+        return wrapped, prepared.optimizer
 
     def _seed(self, step: int) -> int:
-        return (self.recipe.seed * SEEDS + step) * SEEDS + self.accelerator.process_index & (2**63 - 1)
+        rank: int = self.accelerator.process_index
+        return ((self.recipe.seed * SEEDS + step) * SEEDS + rank) % 2**63
 
 
 def accelerator_for(recipe: Recipe, folder: Path | None = None) -> Accelerator:

@@ -117,7 +117,7 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
     if not (folder / MODEL).exists():
         raise ValueError(f"the run in {folder} is not finished; the command that started it goes on: {run['command']}")
     recipe = Recipe.from_dict(run["recipe"])
-    return checkpoint.load(model.dense(recipe, run["vocabulary"]), folder / MODEL).eval(), tokenizer, recipe
+    return checkpoint.load(model.dense(recipe, run["vocabulary"], "sdpa"), folder / MODEL).eval(), tokenizer, recipe
 
 
 def _due(recipe: Recipe, name: str, done: int) -> bool:
@@ -126,7 +126,12 @@ def _due(recipe: Recipe, name: str, done: int) -> bool:
 
 def _claim(folder: Path, recipe: Recipe, tokens: Tokens, command: str) -> None:
     """See that ``folder`` holds this run or none, and write down that it holds this one."""
-    now = {"format": FORMAT, "command": command, "recipe": recipe.to_dict(), "vocabulary": tokens.vocabulary}
+    now: dict[str, Any] = {
+        "format": FORMAT,
+        "command": command,
+        "recipe": recipe.to_dict(),
+        "vocabulary": tokens.vocabulary,
+    }
     now["data"] = tokens.about
     try:
         before = json.loads((folder / RUN).read_bytes())

@@ -20,8 +20,16 @@ from ..surgery import Conversion, to_structured_
 from .config import OptionError
 from .recipe import Recipe
 
-BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "llama": "model.layers"}
+BLOCKS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+}
 MLP = {"opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",)}
+
+CAUSAL = "structlin_causal"
+"""Attention over whole windows, always by the causal kernel: compiled, transformers would write out a mask."""
 
 
 class LanguageModel(nn.Module):
@@ -72,16 +80,21 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
     return model.to(device), conversion
 
 
-def dense(recipe: Recipe, vocabulary: int) -> nn.Module:
+def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
     """The decoder before conversion; every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
 
-    Build it on the meta device to only look at it, or for `structlin.load`.
+    Args:
+        recipe: sizes.
+        vocabulary: as for `build`.
+        attention: of transformers; the default is for whole windows, "sdpa" takes padded batches too.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    model: nn.Module = AutoModelForCausalLM.from_config(
-        configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation="sdpa"
-    )
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
+    from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+    model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
     return _linearised(model).train()
 
 

@@ -80,8 +80,9 @@ class Monitor:
 
     def utilisation(self, speed: float) -> float:
         """Model FLOPs at ``speed`` tokens a second as a share of the peak of all devices (MFU)."""
-        spent = 3 * flops_per_token(self.recipe, self.engine.model) * speed
-        return spent / (self.peak * self.engine.accelerator.num_processes)
+        spent: float = 3 * flops_per_token(self.recipe, self.engine.model) * speed
+        processes: int = self.engine.accelerator.num_processes
+        return spent / (self.peak * processes)
 
     def _line(self, text: str) -> None:
         if self.engine.accelerator.is_main_process:
@@ -92,7 +93,8 @@ def check_trackers(recipe: Recipe) -> None:
     """See that the packages of ``recipe.trackers`` are there; OptionError otherwise."""
     missing = [name for name in recipe.trackers if not any(map(find_spec, PACKAGES[name]))]
     if missing:
-        raise OptionError("--trackers", f"{', '.join(missing)} is not installed; install with: pip install {' '.join(missing)}")
+        hint = f"install with: pip install {' '.join(missing)}"
+        raise OptionError("--trackers", f"{', '.join(missing)} is not installed; {hint}")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A training run as one frozen value: every number that fixes what comes out, checked as a whole before anything starts.
+"""A training run as one frozen value: all numbers that fix what comes out, checked as a whole before it starts.
 
 A recipe is made by a Python function of `structlin.recipes`; each field is also an option of ``structlin train``, and
 all of them are saved with the run. Two runs with equal recipes, text and versions see the same weights, batches and
@@ -37,7 +37,7 @@ class Recipe:
 
     name: str = _field("", "what the run is called in its record")
 
-    architecture: Architecture = _field("gpt2", "model class of transformers")
+    architecture: Architecture = _field("gpt2", "model class of transformers")  # noqa: RUF009, it is a field
     width: int = _field(768, "features of the residual stream")
     depth: int = _field(12, "number of blocks")
     heads: int = _field(12, "attention heads of a block")
@@ -50,9 +50,11 @@ class Recipe:
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
 
     structure: str = _field("dense", "structure of the chosen layers, as dyad:nblocks=4")
-    layers: str = _field("mlp", "layers that get it: mlp, all (of the blocks), or globs over names joined by spaces")
+    layers: str = _field(
+        "mlp", "layers that get it: mlp, all (of the blocks), or globs over names, with spaces between"
+    )
     init: str = _field("spectral", "how factors are drawn")
-    method: Literal["scratch", "sparsify_reverse", "self_guided"] = _field("scratch", "how structured layers are trained")
+    method: Literal["scratch", "sparsify_reverse", "self_guided"] = _field("scratch", "how they are trained")
     switch: float = _field(0.9, "sparsify_reverse: share of the steps after which layers become dense")
     moments: Literal["reset", "carry"] = _field("reset", "sparsify_reverse: what the optimizer keeps then")
     guided: float = _field(0.5, "self_guided: share of the steps with a guide")
@@ -81,7 +83,7 @@ class Recipe:
     seed: int = _field(0, "of weights and order of the text")
 
     dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "of the matrix products; weights stay float32")
-    compile: Compile = _field("default", "mode of torch.compile, or none")
+    compile: Compile = _field("default", "mode of torch.compile, or none")  # noqa: RUF009, it is a field
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto: a GPU if there is one")
     parallel: Literal["ddp", "fsdp2"] = _field("ddp", "how several processes share the work")
     log_every: int = _field(20, "steps between two lines of progress; losses are read back only then")
@@ -102,7 +104,8 @@ class Recipe:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` wrote."""
-        return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return Recipe(**fields)
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at ``step``, counted from 0: a linear rise, then the schedule."""
@@ -130,7 +133,8 @@ def override(recipe: Recipe, texts: Mapping[str, Any]) -> Recipe:
     Raises:
         OptionError: one message with every field that is not of its type, or does not fit.
     """
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems = []
     for name, text in texts.items():
         kind = kinds()[name]
         try:

@@ -61,7 +61,7 @@ def prepare(recipe: Recipe) -> Tokens:
     Path(recipe.cache).mkdir(parents=True, exist_ok=True)
     try:
         tokenizer = _tokenizer(recipe, text)
-        split = [source.identity for source in held_out] or [recipe.valid_share]
+        split: Any = [source.identity for source in held_out] or recipe.valid_share
         key = _hash([FORMAT, [source.identity for source in text], split, tokenizer])
         folder = Path(recipe.cache) / f"tokens-{key[:16]}"
         if not folder.exists():
@@ -69,14 +69,19 @@ def prepare(recipe: Recipe) -> Tokens:
         meta = _checked(folder)
     except ValueError as error:
         raise OptionError("--data", str(error)) from None
-    parts = [np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in PARTS if meta[part]["tokens"]]
+    train, valid = (_mapped(folder / f"{part}.bin", meta["dtype"]) for part in PARTS)
     least = recipe.context + 1
-    if len(parts) < len(PARTS) or min(map(len, parts)) < least:
-        sizes = " and ".join(f"{meta[part]['tokens']} tokens to {what}" for part, what in zip(PARTS, ("train", "validate"), strict=True))
-        raise OptionError("--data", f"there are {sizes} on; at least {least} each are needed: give more text, or --valid")
+    if min(len(train), len(valid)) < least:
+        message = f"there are {len(train)} tokens to train on and {len(valid)} to validate on"
+        raise OptionError("--data", f"{message}; at least {least} each are needed: give more text, or --valid")
     names = [source.name for source in (*text, *held_out)]
     about = {"sources": names[:100], "files": len(names), "skipped_files": skipped + more, **meta}
-    return Tokens(*parts, meta["vocabulary"], tokenizer, about)
+    return Tokens(train, valid, meta["vocabulary"], tokenizer, about)
+
+
+def _mapped(path: Path, dtype: str) -> Array:
+    # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _tokenizer(recipe: Recipe, text: Sequence[Source]) -> str:
@@ -106,7 +111,8 @@ def _train(text: Sequence[Source], vocabulary: int) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary <= len(alphabet) + 1:
-        raise OptionError("--vocabulary", f"{vocabulary} is given; allowed: more than {len(alphabet) + 1}, as all bytes are in it")
+        least = len(alphabet) + 2  # all bytes, and the end of a document
+        raise OptionError("--vocabulary", f"{vocabulary} is given; allowed: {least} or more")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[ENDS[0]], initial_alphabet=sorted(alphabet), show_progress=False
     )
