@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_compare(commands)
     add_bench(commands)
     add_describe(commands)
+    add_train(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options, shlex.join(["structlin", *arguments]))
     return status
@@ -117,6 +118,21 @@ def add_describe(commands: Any) -> None:
     add("--tokens", type=_whole, default=1024, metavar="N", help="rows of the input, for the bytes; default: 1024")
     add("--dtype", default="bfloat16", metavar="NAME", help="of inputs and weights, for the bytes; default: bfloat16")
     add("--png", metavar="FILE.png", help="draw the magnitudes of a random member, so that its pattern shows")
+
+
+def add_train(commands: Any) -> None:
+    """Declare ``structlin train``."""
+    from .recipes import command
+
+    parser = commands.add_parser(
+        "train",
+        help="pretrain a language model from a recipe, dense or structured, on your text",
+        description="Train the decoder of a recipe, with a structure in the layers that you choose. Every field of the "
+        "recipe is an option. The same command goes on after an interrupt.",
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.main)
 
 
 def describe(options: argparse.Namespace, command: str) -> int:

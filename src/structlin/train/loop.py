@@ -55,6 +55,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
     """
     check_writable(folder)
     check_trackers(recipe)
+    model.check(recipe)
     accelerator = accelerator_for(recipe, folder)
     main = accelerator.is_main_process
     with accelerator.main_process_first():

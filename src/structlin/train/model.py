@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..models.flops import linear_flops
 from ..optim import param_groups
-from ..spec import parse
+from ..spec import Spec, parse
 from ..surgery import Conversion, to_structured_
 from .config import OptionError
 from .recipe import Recipe
@@ -64,20 +64,28 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
         device: where it ends up; it is drawn on the CPU, so that weights do not depend on the device.
 
     Raises:
-        OptionError: for a structure that is unknown or does not fit, or layers that are not there.
+        OptionError, ValueError: where `check` raises.
     """
     torch.manual_seed(recipe.seed)
     model = dense(recipe, vocabulary)
-    globs = _globs(recipe)
-    try:
-        spec = parse(recipe.structure)
-    except ValueError as error:
-        raise OptionError("--structure", str(error)) from None
-    try:
-        conversion = to_structured_(model, dict.fromkeys(globs, spec), init=recipe.init)
-    except ValueError as error:
-        raise OptionError("--structure, --layers", " ".join(str(error).split())) from None
+    conversion = to_structured_(model, _rules(recipe), init=recipe.init)
     return model.to(device), conversion
+
+
+def check(recipe: Recipe) -> None:
+    """See that the structure fits the layers, on shapes alone.
+
+    Raises:
+        OptionError: for a structure that is unknown or does not fit, or layers that are not there.
+    """
+    with torch.device("meta"):
+        model = dense(recipe, recipe.vocabulary)
+    try:
+        to_structured_(model, _rules(recipe), init=recipe.init, dry_run=True)
+    except ValueError as error:
+        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        also = f" (and {len(more)} more)" if more else ""
+        raise OptionError("--structure, --layers", f"{first}{also}") from None
 
 
 def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
@@ -146,10 +154,15 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
     return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
 
 
-def _globs(recipe: Recipe) -> tuple[str, ...]:
+def _rules(recipe: Recipe) -> dict[str, Spec | None]:
+    """What `to_structured_` is given."""
     blocks = BLOCKS[recipe.architecture]
     known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
-    return known.get(recipe.layers, tuple(recipe.layers.split()))
+    try:
+        spec = parse(recipe.structure)
+    except ValueError as error:
+        raise OptionError("--structure", str(error)) from None
+    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), spec)
 
 
 def _linearised(model: nn.Module) -> nn.Module:
