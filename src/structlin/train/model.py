@@ -156,6 +156,8 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:
     """What `to_structured_` is given."""
+    if recipe.structure == "dense":
+        return {}  # layers stay as transformers makes and draws them
     blocks = BLOCKS[recipe.architecture]
     known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
     try:

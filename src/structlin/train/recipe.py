@@ -49,7 +49,9 @@ class Recipe:
     dropout: float = _field(0.0, "share of activations dropped in training")
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
 
-    structure: str = _field("dense", "structure of the chosen layers, as dyad:nblocks=4")
+    structure: str = _field(
+        "dense", "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is"
+    )
     layers: str = _field(
         "mlp", "layers that get it: mlp, all (of the blocks), or globs over names, with spaces between"
     )
