@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="JSON file of records")
     parser.add_argument("--recipe", default="opt125m")
-    parser.add_argument("--structures", nargs="+", default=STRUCTURES)
+    parser.add_argument("--structures", default=",".join(STRUCTURES), help="comma separated")
     parser.add_argument("--layers", default="mlp")
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--micro-batch", type=int)
@@ -135,7 +135,7 @@ def main() -> None:
         random = np.random.default_rng(recipe.seed)
         random.integers(options.vocabulary, size=200 * recipe.batch * recipe.context, dtype=np.uint16).tofile(path)
         tokens = np.memmap(path, np.uint16, mode="r")
-        for structure in options.structures:
+        for structure in options.structures.split(","):
             one = dataclasses.replace(recipe, structure=structure)
             metrics = measure(one, options.vocabulary, tokens, options.steps)
             dense = next((r["metrics"] for r in found if r["name"] == "dense"), metrics)
