@@ -67,12 +67,38 @@ def test_rows_of_json_and_parquet_are_documents(tmp_path: Path) -> None:
         pieces(tmp_path / "c.parquet")
 
 
+def save_dataset(folder: Path, lines: list[str]) -> None:
+    """What ``datasets.Dataset.save_to_disk`` writes."""
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"id": list(range(len(lines))), "text": lines})
+    folder.mkdir(parents=True)
+    names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for name, part in zip(names, (table[:100], table[100:]), strict=True):
+        with arrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(part, max_chunksize=30)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
 def test_a_saved_dataset_is_read_by_its_rows(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    datasets.Dataset.from_dict({"text": LINES}).save_to_disk(tmp_path / "saved")
+    save_dataset(tmp_path / "saved", LINES)
     assert pieces(tmp_path / "saved") == [(line, True) for line in LINES]
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": LINES})}).save_to_disk(tmp_path / "splits")
+    save_dataset(tmp_path / "splits" / "train", LINES)
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert pieces(tmp_path / "splits") == [(line, True) for line in LINES]
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["dev"]}')
+    with pytest.raises(ValueError, match=r'splits .* has the splits dev; allowed: one dataset, or the split "train"'):
+        pieces(tmp_path / "splits")
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(ValueError, match="saved cannot be read as a saved dataset"):
+        pieces(tmp_path / "saved")
+
+
+def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    table = datasets.table.InMemoryTable.from_pydict({"text": LINES})
+    datasets.Dataset(table, fingerprint="lines").save_to_disk(tmp_path / "saved")
+    assert pieces(tmp_path / "saved") == [(line, True) for line in LINES]
 
 
 def test_a_dataset_of_the_hub_without_network_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

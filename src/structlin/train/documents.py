@@ -26,7 +26,7 @@ PIECE = 1 << 12
 KINDS = (".txt", ".text", ".md", ".jsonl", ".parquet")
 PACKED = (".xz", ".gz", ".zst")
 VARIABLE = "STRUCTLIN_DATA"
-SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # one of these is in a folder that datasets wrote
+SAVED = ("dataset_dict.json", "state.json")  # one of these is in a folder that datasets wrote
 
 Piece = tuple[str, bool]
 """Text, and whether the document ends with it."""
@@ -89,7 +89,7 @@ def _sources(given: str) -> Iterator[Source | None]:
     elif path.is_dir() and any((path / name).exists() for name in SAVED):
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         identity = hashlib.sha256("".join(map(_digest, inside)).encode()).hexdigest()
-        yield Source(str(path.resolve()), identity, lambda: _rows(given, _saved(path)))
+        yield Source(str(path.resolve()), identity, lambda: _saved(path))
     else:
         for _, file in files(path, source=False):
             if path.is_dir() and not _stem(file).endswith(KINDS):
@@ -151,14 +151,23 @@ def _parquet(path: Path, stream: BinaryIO) -> Iterator[Piece]:
         raise ValueError(f'{path} has no readable column "text": {" ".join(str(error).split())}') from None
 
 
-def _saved(path: Path) -> Iterable[Any]:
-    _need("datasets", path)
-    import datasets
+def _saved(path: Path) -> Iterator[Piece]:
+    """Rows of what ``save_to_disk`` of datasets wrote: Arrow streams, listed in a JSON file."""
+    _need("pyarrow", path)
+    from pyarrow import ArrowInvalid, ipc, memory_map
 
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, dict) and "train" not in found:
-        raise ValueError(f'{path} has the splits {", ".join(found)}; allowed: a dataset, or one with the split "train"')
-    return cast(Iterable[Any], found["train"] if isinstance(found, dict) else found)
+    try:
+        if (path / "dataset_dict.json").exists():
+            splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+            if "train" not in splits:
+                raise ValueError(f'has the splits {", ".join(splits)}; allowed: one dataset, or the split "train"')
+            path = path / "train"
+        for file in json.loads((path / "state.json").read_bytes())["_data_files"]:
+            with memory_map(str(path / file["filename"])) as stream:
+                for batch in ipc.open_stream(stream):
+                    yield from _rows(str(path), batch.to_pylist())
+    except (OSError, KeyError, ValueError, ArrowInvalid) as error:
+        raise ValueError(f"{path} cannot be read as a saved dataset: {_line(error)}") from None
 
 
 def _hub(given: str) -> Iterable[Any]:

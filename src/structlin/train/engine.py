@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..densify import densify_
 from ..guide import Guidance, guide_
@@ -138,13 +137,10 @@ class Engine:
     def _clip(self) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.clip, norm, foreach=True)
         self.failed = torch.maximum(self.failed, (~norm.isfinite()).float())
         self.healthy += 1 - self.failed
-        if self.recipe.parallel == "ddp":
-            self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
 
     def _guide(self) -> Guidance | None:
         if self.recipe.method != "self_guided":
@@ -171,8 +167,6 @@ def accelerator_for(recipe: Recipe, folder: Path | None = None) -> Accelerator:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("--device", "cuda is given and there is none; allowed: cpu, auto")
     options: dict[str, Any] = {"cpu": recipe.device == "cpu", "mixed_precision": "no"}
-    if recipe.parallel == "fsdp2":
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     if recipe.trackers:
         options |= {"log_with": list(recipe.trackers), "project_dir": folder}
     return Accelerator(**options)

@@ -87,7 +87,6 @@ class Recipe:
     dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "of the matrix products; weights stay float32")
     compile: Compile = _field("default", "mode of torch.compile, or none")  # noqa: RUF009, it is a field
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto: a GPU if there is one")
-    parallel: Literal["ddp", "fsdp2"] = _field("ddp", "how several processes share the work")
     log_every: int = _field(20, "steps between two lines of progress; losses are read back only then")
     valid_every: int = _field(250, "steps between two validations")
     valid_windows: int = _field(256, "windows of a validation at most")
