@@ -71,7 +71,7 @@ def main(options: argparse.Namespace, command: str) -> int:
 
 def table() -> str:
     """The recipes, a line each: name, sizes, and what they are."""
-    rows = [("recipe", "model", "width", "blocks", "context", "updates", "")]
+    rows: list[tuple[str, ...]] = [("recipe", "model", "width", "blocks", "context", "updates", "")]
     for name, make in RECIPES.items():
         recipe = make()
         sizes = (recipe.width, recipe.depth, recipe.context, recipe.steps)
