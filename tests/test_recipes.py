@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from structlin import StructuredLinear, analysis, cli
+from structlin import StructuredLinear, analysis, cli, load
 from structlin.recipes import RECIPES, find
 from structlin.report import records
+from structlin.train import loop
 from structlin.train import model as models
 from structlin.train.config import OptionError
 from structlin.train.recipe import Recipe, kinds, option, override
@@ -211,6 +212,18 @@ def test_flops_are_counted_by_plans() -> None:
 # the command
 
 
+def check_that_transformers_builds_it(run: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(run / "model")
+    built = load(AutoModelForCausalLM.from_config(config, dtype=torch.float32), run / "model").eval()
+    ours, tokenizer, _ = loop.load(run)
+    windows = torch.arange(40)[None]
+    assert torch.equal(built(windows).logits, ours(windows).logits)
+    assert built.config._attn_implementation == ours.config._attn_implementation == "sdpa"
+    assert (run / "model" / "tokenizer.json").read_text(encoding="utf-8") == tokenizer
+
+
 def test_the_command_trains_lists_and_refuses(prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--data", prose, "--cache", tmp_path / "cache", "--steps", 4, "--device", "cpu", "--valid-every", 2]
     assert train("tiny_llama", *common, "--structure", "dyad:nblocks=4", "--out", tmp_path / "run") == 0
@@ -221,6 +234,7 @@ def test_the_command_trains_lists_and_refuses(prose: Path, tmp_path: Path, capsy
     assert record["command"].startswith("structlin train tiny_llama --data")
     assert record["config"]["structure"] == "dyad:nblocks=4"
     assert record["config"]["steps"] == 4
+    check_that_transformers_builds_it(tmp_path / "run")
     assert train("tiny_llama", *common, "--structure", "dyad:nblocks=4", "--out", tmp_path / "run", "--json") == 0
     assert json.loads(capsys.readouterr().out) == record
     assert train("--list") == 0

@@ -160,7 +160,7 @@ def test_a_killed_run_ends_with_the_same_bits(tiny: Recipe, tmp_path: Path) -> N
 def test_kills_at_any_moment_of_a_command(tiny: Recipe, tmp_path: Path) -> None:
     """Five kills, at moments that know nothing of steps and checkpoints."""
     options = [f"--{name.replace('_', '-')}" for name in ("data", "cache", "out")]
-    command = [sys.executable, "-m", "structlin", "train", "tiny_gpt2", "--steps", "400", "--checkpoint-every", "3",
+    command = [sys.executable, "-m", "structlin", "train", "tiny_gpt2", "--steps", "150", "--checkpoint-every", "3",
                "--structure", "dyad:nblocks=4", "--dropout", "0.1", "--device", "cpu", "--log-every", "20"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     choose = random.Random(2)

@@ -62,7 +62,11 @@ def main(options: argparse.Namespace, command: str) -> int:
         return _fail(f"{what}; the last checkpoint is kept, and the same command goes on from it", 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted; to go on from the last checkpoint: {command}", 130)
-    if options.json:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        pass
+    elif options.json:
         print(json.dumps(record, indent=1))
     else:
         print(summary(record, folder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +89,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
                     monitor.read(step + 1)
                 if "valid" in now:
                     monitor.validated(engine.evaluate(valid))
-                if "checkpoint" in now:
+                if "checkpoint" in now and main:
                     checkpoints.save(folder, progress, engine)
                 if now - {"log"}:
                     monitor.start()
@@ -97,7 +98,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         record = _record(recipe, tokens, engine, monitor, command, error)
         if main:
             if error is None:
-                checkpoint.save(engine.model, folder / MODEL)
+                _save_model(engine, folder / MODEL, tokens.tokenizer)
             records.write(folder / RECORD, [record])
         accelerator.end_training()
     return record
@@ -119,6 +120,19 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
         raise ValueError(f"the run in {folder} is not finished; the command that started it goes on: {run['command']}")
     recipe = Recipe.from_dict(run["recipe"])
     return checkpoint.load(model.dense(recipe, run["vocabulary"], "sdpa"), folder / MODEL).eval(), tokenizer, recipe
+
+
+def _save_model(engine: Engine, folder: Path, tokenizer: str) -> None:
+    """What `structlin.save` writes, with configuration and tokenizer where transformers can build the model from them.
+
+    GPT-2 has ``nn.Linear`` here and transposed weights there, so only `load` reads it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
+    checkpoint.save(engine.model, folder)
+    config: Any = engine.model.config
+    if config.model_type != "gpt2":
+        (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
 def _due(recipe: Recipe, name: str, done: int) -> bool:
