@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,10 @@ def found(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob(f"*{SUFFIX}"), reverse=True)
 
 
-def resume(folder: Path, engine: Engine) -> tuple[Progress, list[str]]:
-    """Put ``engine`` where its last whole checkpoint left it.
+def resume(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progress:
+    """Put ``engine`` where its last whole checkpoint left it; a fresh progress where there is none.
 
-    Returns:
-        The progress there, a fresh one where there is no checkpoint, and a line for each that was passed over.
+    ``say`` is told of each checkpoint that is passed over.
     """
     notes = []
     for path in found(folder):
@@ -72,14 +72,18 @@ def resume(folder: Path, engine: Engine) -> tuple[Progress, list[str]]:
         except ValueError as error:
             notes.append(str(error))
             continue
+        for note in notes:
+            say(f"{note}; going on from {path.name}")
         if about["densified"]:
             engine.densify()
         if engine.guide:
             engine.guide.load_state_dict(about["guide"], engine.optimizer)
         put_weights(engine.model, {n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
         state.put_moments(engine.optimizer, tensors)
-        return Progress(**about["progress"]), [f"{note}; going on from {path.name}" for note in notes]
-    return Progress(), [f"{note}; starting anew" for note in notes]
+        return Progress(**about["progress"])
+    for note in notes:
+        say(f"{note}; starting anew")
+    return Progress()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

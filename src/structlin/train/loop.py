@@ -69,9 +69,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             return done
         engine = Engine(recipe, tokens.vocabulary, accelerator)
         accelerator.init_trackers("structlin", {name: str(value) for name, value in recipe.to_dict().items()})
-        progress, notes = checkpoints.resume(folder, engine)
-        for note in notes:
-            say(note)
+        progress = checkpoints.resume(folder, engine, say)
         windows = Windows(tokens.train, recipe.context, recipe.seed)
         valid = spread(tokens.valid, recipe.valid_windows, recipe.context)
 
@@ -97,9 +95,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
         record = _record(recipe, tokens, engine, monitor, command, error)
         if main:
-            if error is None:
-                _save_model(engine, folder / MODEL, tokens.tokenizer)
-            records.write(folder / RECORD, [record])
+            _write(folder, record, engine, tokens)
         accelerator.end_training()
     return record
 
@@ -122,17 +118,20 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
     return checkpoint.load(model.dense(recipe, run["vocabulary"], "sdpa"), folder / MODEL).eval(), tokenizer, recipe
 
 
-def _save_model(engine: Engine, folder: Path, tokenizer: str) -> None:
-    """What `structlin.save` writes, with configuration and tokenizer where transformers can build the model from them.
+def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None:
+    """The record, after the model of a run that did not fail, so that a finished run has both.
 
-    GPT-2 has ``nn.Linear`` here and transposed weights there, so only `load` reads it.
+    Where transformers can build the model from its configuration, that and the tokenizer lie beside the weights. GPT-2
+    has ``nn.Linear`` here and transposed weights there, so only `load` reads it.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
-    checkpoint.save(engine.model, folder)
-    config: Any = engine.model.config
-    if config.model_type != "gpt2":
-        (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    if record["status"] == "ok":
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
+        checkpoint.save(engine.model, folder / MODEL)
+        config: Any = engine.model.config
+        if config.model_type != "gpt2":
+            (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+            (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
+    records.write(folder / RECORD, [record])
 
 
 def _due(recipe: Recipe, name: str, done: int) -> bool:
