@@ -154,8 +154,8 @@ def main() -> None:
             fields = {"config": config, "metrics": metrics, "status": "ok", "error": None}
             found.append({"kind": "bench", "name": structure, **where, **fields})
             records.write(options.out, found)
+            torch._dynamo.reset()  # compiled code holds the model
             gc.collect()
-            torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
