@@ -48,6 +48,7 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
+    ("recipes",),
     ("report",),
     ("commands",),
     ("cli", "__main__"),
@@ -190,6 +191,16 @@ def public(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassD
 def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
     code = "import json, sys, structlin; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    optional = {"accelerate", "datasets", "jinja2", "matplotlib", "onnx", "optuna", "rich", "torchmetrics"}
+    optional = {
+        "accelerate",
+        "datasets",
+        "jinja2",
+        "matplotlib",
+        "onnx",
+        "optuna",
+        "rich",
+        "tokenizers",
+        "torchmetrics",
+    }
     optional |= {"transformers", "triton"}
     assert not optional & set(loaded)

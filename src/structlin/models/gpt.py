@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import analysis
-from ..nn import MoEFFN, RoutedLinear, StructuredLinear
+from .flops import linear_flops
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,4 @@ def flops_per_token(model: GPT) -> int:
     lookups are left out.
     """
     config = model.config
-    linears = 0
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            linears += analysis.flops(module.plan)
-        elif isinstance(module, RoutedLinear):
-            linears += module.spec.costs(module.out_features, module.in_features)[1]
-        elif isinstance(module, MoEFFN):
-            linears += module.flops()
-        elif isinstance(module, nn.Linear):
-            linears += 2 * module.in_features * module.out_features
-    return linears + config.depth * 2 * config.width * (config.context + 1)
+    return linear_flops(model) + config.depth * 2 * config.width * (config.context + 1)

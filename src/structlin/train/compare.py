@@ -8,15 +8,11 @@ fresh state and its own peak memory without seconds of imports.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,11 +25,12 @@ from ..report.records import Record
 from . import worker
 from .config import Config, OptionError
 from .data import Text
+from .folder import check_writable, locked
 
 OUTPUTS = ("results.json", "curves.png", "pareto.png", "report.html")
 # optimizers import torch._dynamo when they are made, which takes seconds: once here instead of once per worker
 PRELOAD = [worker.__name__, "torch._dynamo"]
-CONFIG, RESULTS, WORK, LOCK = "config.json", "results.json", "work", ".lock"
+CONFIG, RESULTS, WORK = "config.json", "results.json", "work"
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def compare(config: Config, text: Text, folder: Path, command: str, watch: Watch
         OSError: when something cannot be written later (a full disk); what was finished is kept.
     """
     check_folder(folder, config)
-    with _locked(folder):
+    with locked(folder):
         check_folder(folder, config)
         records.write_bytes(folder / CONFIG, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
         done = finished(folder)
@@ -93,11 +90,7 @@ def check_folder(folder: Path, config: Config) -> None:
     Raises:
         OptionError: when it is not a folder, cannot be written, or holds something else.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise OptionError("--out", f"{there} is not a folder; allowed: a folder, or a path where one can be made")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OptionError("--out", f"{there} is not writable; allowed: a folder that you may write to")
+    check_writable(folder)
     if not (folder / CONFIG).exists():
         foreign = [name for name in OUTPUTS if (folder / name).exists()]
         if foreign:
@@ -202,23 +195,6 @@ def _write_text(work: Path, text: Text) -> None:
         path = work / name
         if not path.exists() or path.stat().st_size != len(part):
             records.write_bytes(path, part)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold its lock, which the system releases when this process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "wb")  # noqa: SIM115, held to the end of the block below
-    except OSError as error:
-        raise OptionError("--out", f"{folder} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            raise OptionError("--out", f"{folder} {'is in use by another run' if busy else error.strerror}") from None
-        yield
 
 
 def _short(value: Any) -> str:

@@ -69,7 +69,7 @@ def read_text(paths: Sequence[str] = ()) -> Text:
     total = skipped = 0
     for given in paths or (sysconfig.get_path("stdlib"),):
         before = len(seen)
-        for name, path in _files(Path(given), source=not paths):
+        for name, path in files(Path(given), source=not paths):
             if path.resolve() in seen:
                 continue
             data = _read(path, optional=Path(given).is_dir())
@@ -124,7 +124,7 @@ def windows(text: Tensor, starts: Sequence[int], context: int) -> Tensor:
     return text[torch.tensor(starts)[:, None] + torch.arange(context + 1)].long()
 
 
-def _files(path: Path, source: bool) -> Iterator[tuple[str, Path]]:
+def files(path: Path, source: bool) -> Iterator[tuple[str, Path]]:
     """Files at or below a path, with the names that decide the split; only Python source if ``source``."""
     if path.is_file():
         yield path.name, path

@@ -40,14 +40,12 @@ def save(path: Path, state: State, model: nn.Module, optimizer: optim.Optimizer,
         OSError: when it cannot be written; the file before it stays.
     """
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
     header = {
         "state": json.dumps(dataclasses.asdict(state)),
         "environment": json.dumps(environment),
         "choices": json.dumps(choices()),
     }
-    records.write_bytes(path, safetensors.torch.save(tensors, metadata=header))
+    write(path, tensors | moments(optimizer), header)
 
 
 def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: dict[str, Any]) -> State:
@@ -57,23 +55,16 @@ def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: 
         ValueError: when the file is damaged, of another model, or of another environment (versions, device), which
             would round differently. Model and optimizer are unchanged then.
     """
-    data = path.read_bytes()
+    tensors, header = read(path)
     try:
-        header = _header(data)
-        tensors = safetensors.torch.load(data)
         state = State(**json.loads(header["state"]))
         before, chosen = json.loads(header["environment"]), json.loads(header["choices"])
-    except (KeyError, TypeError, ValueError, struct.error, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if before != environment:
         changed = [name for name in {**before, **environment} if before.get(name) != environment.get(name)]
         raise ValueError(f"{path} was written with other {', '.join(changed)}")
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in model.state_dict().items()}:
         raise ValueError(f"{path} is of another model")
     try:
@@ -81,8 +72,38 @@ def load(path: Path, model: nn.Module, optimizer: optim.Optimizer, environment: 
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     model.load_state_dict(weights)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    put_moments(optimizer, tensors)
     return state
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Replace the file at ``path`` by these tensors and this header; OSError when it cannot be written."""
+    records.write_bytes(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a file that `write` wrote; ValueError when it is damaged."""
+    data = path.read_bytes()
+    try:
+        return safetensors.torch.load(data), _header(data)
+    except (KeyError, TypeError, ValueError, struct.error, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def moments(optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """The state of every parameter of ``optimizer``, by ``optimizer.INDEX.NAME``."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+
+
+def put_moments(optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `moments` found, from among ``tensors``."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _header(data: bytes) -> dict[str, str]:

@@ -1,0 +1,222 @@
+"""Pretraining from a recipe to a record, in one function that reads from top to bottom.
+
+The folder of a run holds ``run.json`` (recipe, text and sizes; another run may not share it), ``tokenizer.json``,
+``checkpoints/``, and at the end ``model/`` and ``record.json``. The same call goes on after whatever stopped the one
+before, to the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from .. import checkpoint
+from ..machine import provenance
+from ..report import records
+from ..report.records import Record
+from . import checkpoints, model
+from .blame import blame
+from .checkpoints import Progress
+from .config import OptionError
+from .engine import Engine, accelerator_for
+from .folder import check_writable, locked
+from .monitor import Monitor, Say, check_trackers
+from .recipe import ELSEWHERE, Recipe
+from .tokens import Tokens, prepare
+from .windows import Windows, ahead, spread
+from .worker import DivergedError
+
+FORMAT = 1
+RUN, TOKENIZER, MODEL, RECORD = "run.json", "tokenizer.json", "model", "record.json"
+PACKAGES = ("transformers", "accelerate", "tokenizers")
+
+
+def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Record:
+    """Train what ``recipe`` says in ``folder``, from its last checkpoint if there is one, and say what came out.
+
+    Args:
+        recipe: the run.
+        folder: made if needed.
+        command: for the record.
+        say: called with lines of progress.
+
+    Returns:
+        The record, which is in ``folder`` too; its status is "failed" where a number was not finite.
+
+    Raises:
+        OptionError: for a recipe that does not fit this machine, its text or ``folder``; nothing was trained then.
+        OSError: when something cannot be written; the checkpoints before it stay.
+    """
+    check_writable(folder)
+    check_trackers(recipe)
+    model.check(recipe)
+    accelerator = accelerator_for(recipe, folder)
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():
+        tokens = prepare(recipe)
+    with locked(folder) if main else nullcontext():
+        if main:
+            _claim(folder, recipe, tokens, command)
+        accelerator.wait_for_everyone()
+        if (done := _finished(folder)) is not None:
+            return done
+        engine = Engine(recipe, tokens.vocabulary, accelerator)
+        accelerator.init_trackers("structlin", {name: str(value) for name, value in recipe.to_dict().items()})
+        progress = checkpoints.resume(folder, engine, say)
+        windows = Windows(tokens.train, recipe.context, recipe.seed)
+        valid = spread(tokens.valid, recipe.valid_windows, recipe.context)
+
+        def fetch(step: int) -> Any:
+            return engine.rows(windows.batch(step, recipe.batch))
+
+        engine.warm_up(fetch(progress.step))
+        monitor = Monitor(engine, progress, say)
+        error = None
+        try:
+            for step, batch in enumerate(ahead(fetch, progress.step, recipe.steps, engine.device), progress.step):
+                engine.update(batch, step)
+                now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
+                if now:
+                    monitor.read(step + 1)
+                if "valid" in now:
+                    monitor.validated(engine.evaluate(valid))
+                if "checkpoint" in now and main:
+                    checkpoints.save(folder, progress, engine)
+                if now - {"log"}:
+                    monitor.start()
+        except DivergedError as failure:
+            error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
+        record = _record(recipe, tokens, engine, monitor, command, error)
+        if main:
+            _write(folder, record, engine, tokens)
+        accelerator.end_training()
+    return record
+
+
+def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
+    """The trained decoder of a finished run, on the CPU, the JSON of its tokenizer, and its recipe.
+
+    Raises:
+        ValueError: for a folder without a finished run.
+    """
+    folder = Path(folder)
+    try:
+        run = json.loads((folder / RUN).read_bytes())
+        tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise ValueError(f"{folder} holds no run of structlin train") from None
+    if not (folder / MODEL).exists():
+        raise ValueError(f"the run in {folder} is not finished; the command that started it goes on: {run['command']}")
+    recipe = Recipe.from_dict(run["recipe"])
+    return checkpoint.load(model.dense(recipe, run["vocabulary"], "sdpa"), folder / MODEL).eval(), tokenizer, recipe
+
+
+def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None:
+    """The record, after the model of a run that did not fail, so that a finished run has both.
+
+    Where transformers can build the model from its configuration, that and the tokenizer lie beside the weights. GPT-2
+    has ``nn.Linear`` here and transposed weights there, so only `load` reads it.
+    """
+    if record["status"] == "ok":
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
+        checkpoint.save(engine.model, folder / MODEL)
+        config: Any = engine.model.config
+        if config.model_type != "gpt2":
+            (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+            (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
+    records.write(folder / RECORD, [record])
+
+
+def _due(recipe: Recipe, name: str, done: int) -> bool:
+    return bool(done % getattr(recipe, f"{name}_every") == 0) or done == recipe.steps
+
+
+def _claim(folder: Path, recipe: Recipe, tokens: Tokens, command: str) -> None:
+    """See that ``folder`` holds this run or none, and write down that it holds this one."""
+    now: dict[str, Any] = {
+        "format": FORMAT,
+        "command": command,
+        "recipe": recipe.to_dict(),
+        "vocabulary": tokens.vocabulary,
+    }
+    now["data"] = tokens.about
+    try:
+        before = json.loads((folder / RUN).read_bytes())
+    except FileNotFoundError:
+        before = now
+    except ValueError:
+        before = {}
+    if before.get("format") != FORMAT:
+        raise OptionError("--out", f"{folder / RUN} is not of a run of this version; choose another folder")
+    changed = [
+        f"{name} ({before['recipe'].get(name)!r} there, {value!r} here)"
+        for name, value in now["recipe"].items()
+        if before["recipe"].get(name) != value and name not in ELSEWHERE
+    ]
+    if changed:
+        raise OptionError("--out", f"{folder} holds a run with another {', '.join(changed)}; choose another folder")
+    hashes = [[run["data"][part]["sha256"] for part in ("train", "valid")] for run in (before, now)]
+    if hashes[0] != hashes[1]:
+        raise OptionError("--data", f"the text or its tokenizer has changed since the run in {folder} began; bring it "
+                          "back, or choose another folder")  # fmt: skip
+    records.write_bytes(folder / RUN, (json.dumps(now, indent=1) + "\n").encode())
+    records.write_bytes(folder / TOKENIZER, tokens.tokenizer.encode())
+
+
+def _finished(folder: Path) -> Record | None:
+    try:
+        (record,) = records.read(folder / RECORD)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise OptionError("--out", f"{error}; remove that file or choose another folder") from None
+    return record if record["status"] == "ok" else None
+
+
+def _blame(engine: Engine, fetch: Any, step: int) -> str:
+    """The layer that fails at ``step``, done again without compilation."""
+    with engine.autocast():
+        pieces = fetch(step).to(engine.device).split(engine.recipe.micro_batch)
+        return blame(engine.model, lambda windows: model.loss(engine.model, windows), pieces)
+
+
+def _record(
+    recipe: Recipe, tokens: Tokens, engine: Engine, monitor: Monitor, command: str, error: str | None
+) -> Record:
+    progress: Progress = monitor.progress
+    seen = progress.step * monitor.tokens
+    last = {name: values[-1] if values and error is None else None for name, values in progress.series.items()}
+    speed = seen / progress.seconds if progress.seconds else None
+    valid = tokens.about["valid"]
+    loss = last["valid_loss"]
+    metrics: dict[str, float | int | None] = {
+        "swapped_params": sum(swap.params for swap in engine.conversion),
+        "model_params": sum(parameter.numel() for parameter in engine.model.parameters()),
+        "flops_per_token": model.flops_per_token(recipe, engine.model),
+        "steps": progress.step,
+        "tokens": seen,
+        "train_seconds": progress.seconds,
+        "tokens_per_second": speed,
+        "utilisation": monitor.utilisation(speed) if speed else None,
+        "peak_flops": monitor.peak,
+        "train_loss": last["train_loss"],
+        "valid_loss": loss,
+        "bits_per_byte": None if loss is None else loss / math.log(2) * valid["tokens"] / valid["bytes"],
+        "peak_memory_bytes": progress.peak_memory,
+    }
+    where = provenance(command, recipe.seed, engine.device)
+    where["versions"] |= {name: metadata.version(name) for name in PACKAGES}
+    config = {**recipe.to_dict(), "vocabulary": tokens.vocabulary, "text": tokens.about}
+    config["processes"] = engine.accelerator.num_processes
+    fields = {
+        "kind": "train", "name": recipe.name, **where, "config": config, "metrics": metrics, "series": progress.series,
+        "status": "ok" if error is None else "failed", "error": error,
+    }  # fmt: skip
+    return cast(Record, fields)

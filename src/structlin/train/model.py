@@ -1,0 +1,181 @@
+"""From a recipe to a model: a decoder of transformers made from its configuration, with structured layers in place.
+
+The dense model is built first, from the seed, so layers that stay dense have the same weights whatever replaces the
+others. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..conversion import Conversion
+from ..models.flops import linear_flops
+from ..optim import param_groups
+from ..spec import Spec, parse
+from ..surgery import to_structured_
+from .config import OptionError
+from .recipe import Recipe
+
+BLOCKS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+}
+MLP = {"opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",)}
+
+CAUSAL = "structlin_causal"
+"""Attention over whole windows, always by the causal kernel: compiled, transformers would write out a mask."""
+
+
+class LanguageModel(nn.Module):
+    """A decoder and its loss as one module, so that autocast, compilation and sharding see a scalar come out.
+
+    Attributes:
+        model: the decoder of transformers.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "none") -> None:
+        super().__init__()
+        self.model = model
+        self._loss: Callable[[nn.Module, Tensor], Tensor] = loss if mode == "none" else torch.compile(loss, mode=mode)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, a float32 scalar, over int64 ``windows`` ``[batch, context + 1]``."""
+        return self._loss(self.model, windows)
+
+
+def loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """What `LanguageModel` computes, not compiled."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -> tuple[nn.Module, Conversion]:
+    """The decoder of a recipe with new float32 weights, and what was swapped in it.
+
+    Args:
+        recipe: sizes, structure, layers and seed.
+        vocabulary: entries of the tokenizer; the embedding has the next multiple of ``recipe.pad_vocabulary``.
+        device: where it ends up; it is drawn on the CPU, so that weights do not depend on the device.
+
+    Raises:
+        OptionError, ValueError: where `check` raises.
+    """
+    torch.manual_seed(recipe.seed)
+    model = dense(recipe, vocabulary)
+    conversion = to_structured_(model, _rules(recipe), init=recipe.init)
+    return model.to(device), conversion
+
+
+def check(recipe: Recipe) -> None:
+    """See that the structure fits the layers, on shapes alone.
+
+    Raises:
+        OptionError: for a structure that is unknown or does not fit, or layers that are not there.
+    """
+    with torch.device("meta"):
+        model = dense(recipe, recipe.vocabulary)
+    try:
+        to_structured_(model, _rules(recipe), init=recipe.init, dry_run=True)
+    except ValueError as error:
+        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        also = f" (and {len(more)} more)" if more else ""
+        raise OptionError("--structure, --layers", f"{first}{also}") from None
+
+
+def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
+    """The decoder before conversion; every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
+
+    Args:
+        recipe: sizes.
+        vocabulary: as for `build`.
+        attention: of transformers; the default is for whole windows, "sdpa" takes padded batches too.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
+    from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+    model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
+    return _linearised(model).train()
+
+
+def configuration(recipe: Recipe, vocabulary: int) -> Any:
+    """The configuration of transformers that a recipe stands for."""
+    from transformers import AutoConfig
+
+    rows = -(-vocabulary // recipe.pad_vocabulary) * recipe.pad_vocabulary
+    common: dict[str, Any] = {
+        "vocab_size": rows, "tie_word_embeddings": recipe.tied, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": None, "use_cache": False,
+    }  # fmt: skip
+    sizes = {
+        "hidden_size": recipe.width, "num_hidden_layers": recipe.depth, "num_attention_heads": recipe.heads,
+        "max_position_embeddings": recipe.context,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "opt": {**sizes, "ffn_dim": recipe.mlp_width, "word_embed_proj_dim": recipe.embedding_width or recipe.width,
+                "do_layer_norm_before": not recipe.post_norm, "dropout": recipe.dropout, "layerdrop": 0.0},
+        "gpt2": {"n_embd": recipe.width, "n_layer": recipe.depth, "n_head": recipe.heads, "n_inner": recipe.mlp_width,
+                 "n_positions": recipe.context, "resid_pdrop": recipe.dropout, "embd_pdrop": recipe.dropout,
+                 "attn_pdrop": recipe.dropout},
+        "gpt_neox": {**sizes, "intermediate_size": recipe.mlp_width, "hidden_dropout": recipe.dropout,
+                     "attention_dropout": recipe.dropout},
+        "llama": {**sizes, "intermediate_size": recipe.mlp_width, "num_key_value_heads": recipe.kv_heads,
+                  "attention_dropout": recipe.dropout},
+    }  # fmt: skip
+    return AutoConfig.for_model(recipe.architecture, **common, **own[recipe.architecture])
+
+
+def groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW at their peak rates; norms and biases have no decay."""
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    multipliers = dict.fromkeys(embeddings, recipe.embedding_lr) if recipe.embedding_lr != 1 else None
+    return param_groups(model, recipe.lr, recipe.weight_decay, multipliers=multipliers)
+
+
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW over `groups`, one launch for all parameters."""
+    betas = recipe.beta1, recipe.beta2
+    return torch.optim.AdamW(groups(recipe, model), betas=betas, eps=recipe.eps, fused=True)
+
+
+def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
+    """Forward FLOPs per token of the linear layers and of attention over the mean causal length; training costs thrice.
+
+    Norms, activations and lookups are left out.
+    """
+    return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
+
+
+def _rules(recipe: Recipe) -> dict[str, Spec | None]:
+    """What `to_structured_` is given."""
+    if recipe.structure == "dense":
+        return {}  # layers stay as transformers makes and draws them
+    blocks = BLOCKS[recipe.architecture]
+    known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
+    try:
+        spec = parse(recipe.structure)
+    except ValueError as error:
+        raise OptionError("--structure", str(error)) from None
+    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), spec)
+
+
+def _linearised(model: nn.Module) -> nn.Module:
+    """``model`` with ``nn.Linear`` in place of the Conv1D of transformers, whose weights are transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf, device=module.weight.device)
+            linear.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return model
