@@ -27,7 +27,7 @@ def network():
         (nn.Conv2d(8, 12, 1), StructuredConv2d, torch.randn(3, 8, 5, 4)),
         (nn.Conv2d(8, 12, 1, padding="valid"), StructuredConv2d, torch.randn(8, 5, 4)),
     ],
-    ids=str,
+    ids=["1d", "1d without bias", "2d", "2d unbatched"],
 )
 def test_a_convolution_of_full_rank_computes_the_same(conv, structured, x):
     model = nn.Sequential(conv)
