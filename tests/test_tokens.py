@@ -127,7 +127,7 @@ def test_a_folder_leaves_out_and_counts_what_is_not_text(tmp_path: Path) -> None
         ("latin.txt", b"caf\xe9", "latin.txt is binary"),
         ("zero.txt", b"text\0text", "is binary"),
         ("cut.txt.xz", lzma.compress(b"text" * 100)[:-10], "is not a whole .xz file"),
-        ("cut.txt.gz", gzip.compress(b"text" * 100)[:-10], "is not a whole .gz file"),
+        ("cut.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-10], "is not a whole .gz file"),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": ', "line 2: not JSON"),
         ("other.jsonl", b'{"text": "fine"}\n\n{"txt": "x"}', 'line 3: allowed are objects with a string "text"'),
     ],
