@@ -148,7 +148,7 @@ def test_explicit_globs_choose_layers() -> None:
     [
         ({"structure": "dyed"}, "--structure: .*'dyed'.*did you mean 'dyad'"),
         ({"structure": "dyad:nblocks=7"}, r"h.0.mlp.c_fc \(256x64\): nblocks=7 .*may be 1, 2, 4.* \(and 3 more\)"),
-        ({"structure": "dyad", "layers": "*.fc1"}, r"--structure, --layers: rule '\*.fc1' matches no nn.Linear"),
+        ({"structure": "dyad", "layers": "*.fc1"}, r"--structure, --layers: rule '\*.fc1' matches no linear layer"),
     ],
 )
 def test_structures_that_do_not_fit_are_refused(options: dict[str, str], message: str) -> None:
