@@ -218,7 +218,7 @@ def test_a_failed_structure_makes_the_command_fail(
 def test_missing_packages_are_named(
     prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("structlin.commands.compare.find_spec", lambda name: None if name == "matplotlib" else True)
+    monkeypatch.setattr("structlin.options.find_spec", lambda name: None if name == "matplotlib" else True)
     assert compare(*small(prose, tmp_path / "run")) == 1
     assert capsys.readouterr().err == (
         "structlin compare: error: needs matplotlib; install with: pip install 'structlin[report]'\n"

@@ -167,7 +167,7 @@ def test_without_matplotlib_only_the_picture_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("structlin.commands.describe.find_spec", lambda name: None)
+    monkeypatch.setattr("structlin.options.find_spec", lambda name: None)
     assert run("dense", "64x64") == 0
     assert run("dense", "64x64", "--png", "a.png") == 1
     assert "needs matplotlib" in capsys.readouterr().err

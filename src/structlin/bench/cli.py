@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..machine import describe_device
+from ..options import fail, whole
 from ..report import records as store
 from ..report.records import Record
 from . import plot, show
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a structure at a shape, as in monarch:nblocks=4@3072x768, or a transformer block of a width and context, "
         "as in 'block monarch:nblocks=8@768x1024', in place of a preset; may be repeated",
     )
-    add("--tokens", type=_whole, metavar="N", help=f"rows of the input; default: {_defaults(DEFAULT_TOKENS)}")
+    add("--tokens", type=whole, metavar="N", help=f"rows of the input; default: {_defaults(DEFAULT_TOKENS)}")
     add("--dtype", metavar="|".join(DTYPES), help=f"of inputs and weights; default: {_defaults(DEFAULT_DTYPE)}")
     add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is a GPU, else cpu")
     add(
@@ -50,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma separated, of {', '.join(NAMES)}; linear always runs; default: all that run there, without "
         "compiled on a CPU",
     )
-    add("--repeats", type=_whole, default=10, metavar="N", help="samples of each time; default: 10")
-    add("--seed", type=_whole, default=0, metavar="N", help="of weights and inputs; default: 0")
+    add("--repeats", type=whole, default=10, metavar="N", help="samples of each time; default: 10")
+    add("--seed", type=whole, default=0, metavar="N", help="of weights and inputs; default: 0")
     add("--only-forward", action="store_true", help="leave out forward+backward")
     add("--out", metavar="FILE.json", help="default: results/bench-PRESET-DEVICE.json; the picture goes beside it")
     add("--json", action="store_true", help="print the records as JSON instead of a table")
@@ -68,16 +69,16 @@ def main(options: argparse.Namespace, command: str) -> int:
         out = Path(options.out) if options.out else default_path(settings)
         check_path(out, settings)
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2, "bench")
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}", 2)
+        return fail(f"{error.filename}: {error.strerror}", 2, "bench")
     found: list[Record] = []
     try:
         _measure(settings, command, out, found)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}; {len(found)} records are lost or incomplete", 1)
+        return fail(f"{error.filename}: {error.strerror}; {len(found)} records are lost or incomplete", 1, "bench")
     except KeyboardInterrupt:
-        return _fail(f"interrupted; {out} holds {len(found)} records", 130)
+        return fail(f"interrupted; {out} holds {len(found)} records", 130, "bench")
     _report(found, out, options.json)
     return 1 if any(record["status"] == "failed" for record in found) else 0
 
@@ -161,15 +162,3 @@ def _draw(found: Sequence[Record], path: Path) -> list[str]:
 
 def _defaults(values: dict[str, Any]) -> str:
     return ", ".join(f"{value} on {'a GPU' if device == 'cuda' else 'a CPU'}" for device, value in values.items())
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is given; allowed: whole numbers") from None
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"structlin bench: error: {message}", file=sys.stderr)
-    return status

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from . import fail, number, whole
+from ..options import fail, lacks, number, whole
 
 DESCRIPTION = (
     "Train one small byte-level decoder per structure, on the same batches from the same seed, and "
@@ -55,9 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, command: str) -> int:
     """Run ``structlin compare``; returns 0, 1 for a run that failed, 2 for a bad option, 130 for an interrupt."""
-    missing = [name for name in ("rich", "matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        return fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[report]'", 1, "compare")
+    if missing := lacks(("rich", "matplotlib", "jinja2"), "report"):
+        return fail(missing, 1, "compare")
     from ..train.config import OptionError
 
     folder = Path(options.out or f"runs/compare-{options.preset}")

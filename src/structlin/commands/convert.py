@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..options import whole
 from ..spec import Spec, parse
-from . import whole
 from .folders import add_folders, guarded, part_bytes, tell
 
 DESCRIPTION = (

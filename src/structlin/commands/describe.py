@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
-from . import fail, whole
+from ..options import fail, lacks, whole
 
 DESCRIPTION = (
     "Print the equation of a structure at a shape, its factors, parameters, FLOPs, bytes, rank, "
@@ -27,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, command: str) -> int:
     """Run ``structlin describe``; returns 0, 1 where a package is missing, 2 for a bad option."""
-    if options.png is not None and find_spec("matplotlib") is None:
-        return fail("needs matplotlib; install with: pip install 'structlin[report]'", 1, "describe")
+    if options.png is not None and (missing := lacks(("matplotlib",), "report")):
+        return fail(missing, 1, "describe")
     from .. import describe as this
     from ..report.records import write_bytes
     from ..spec import parse

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from typing import Any
 
-from . import fail, whole
+from ..options import fail, lacks, whole
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +31,8 @@ def tell(line: str) -> None:
 
 def guarded(name: str, command: str, work: Any) -> int:
     """Run ``work`` and turn what it raises into one message and an exit status."""
-    if missing := [package for package in ("transformers", "accelerate") if find_spec(package) is None]:
-        return fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[hf]'", 1, name)
+    if missing := lacks(("transformers", "accelerate"), "hf"):
+        return fail(missing, 1, name)
     try:
         work()
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import fail, whole
+from ..options import fail, whole
 
 DESCRIPTION = (
     "Measure the backends that auto chooses from, for structures at shapes, and keep the fastest in "

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..options import fail, lacks, whole
 from ..report import records as store
 from ..report.records import Record
 
@@ -52,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, command: str) -> int:
     """Run ``structlin eval``; returns 0, 1 when it could not run, 2 for bad input, 130 for an interrupt."""
-    missing = [name for name in ("transformers", "torchmetrics") if find_spec(name) is None]
-    if missing:
-        return _fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[eval]'", 1)
+    if missing := lacks(("transformers", "torchmetrics"), "eval"):
+        return fail(missing, 1, "eval")
     from . import run, show
 
     try:
@@ -64,11 +62,11 @@ def main(options: argparse.Namespace, command: str) -> int:
         if options.out:
             store.write(options.out, found)
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2, "eval")
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror or error}", 1)
+        return fail(f"{error.filename}: {error.strerror or error}", 1, "eval")
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing is written", 130)
+        return fail("interrupted; nothing is written", 130, "eval")
     print("\n".join(show.lines(found)))
     return 0
 
@@ -103,16 +101,3 @@ def _settings(options: argparse.Namespace) -> Any:
         device=options.device,
         dtype=options.dtype,
     )
-
-
-def whole(text: str) -> int:
-    """A whole number from the command line, or an error that says so."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is given; allowed: whole numbers") from None
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"structlin eval: error: {message}", file=sys.stderr)
-    return status

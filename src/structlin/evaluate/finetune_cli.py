@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..options import fail, lacks, whole
 from ..report import records as store
-from .cli import whole
 
 DESCRIPTION = (
     "Put a classifier on a causal language model in a folder, dense or structured, train it on a task "
@@ -41,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, command: str) -> int:
     """Run ``structlin finetune``; returns 0, 1 when it could not run, 2 for bad input, 130 for an interrupt."""
-    missing = [name for name in ("transformers", "accelerate", "torchmetrics") if find_spec(name) is None]
-    if missing:
-        return _fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[eval]'", 1)
+    if missing := lacks(("transformers", "accelerate", "torchmetrics"), "eval"):
+        return fail(missing, 1, "finetune")
     from . import show
     from .finetune import Tuning, finetune
 
@@ -59,15 +56,10 @@ def main(options: argparse.Namespace, command: str) -> int:
         if options.out:
             store.write(options.out, [record])
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2, "finetune")
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror or error}", 1)
+        return fail(f"{error.filename}: {error.strerror or error}", 1, "finetune")
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing is written", 130)
+        return fail("interrupted; nothing is written", 130, "finetune")
     print("\n".join(show.lines([record])))
     return 0
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"structlin finetune: error: {message}", file=sys.stderr)
-    return status

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_origin
 
+from ..options import fail, lacks
 from ..train.config import OptionError
 from ..train.recipe import Recipe, kinds, option, override
 from . import RECIPES, find
@@ -47,9 +47,8 @@ def main(options: argparse.Namespace, command: str) -> int:
     if options.list:
         print(table())
         return 0
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        return _fail(f"needs {', '.join(missing)}; install with: pip install 'structlin[train]'", 1)
+    if missing := lacks(PACKAGES, "train"):
+        return fail(missing, 1, "train")
     from ..train.loop import train
 
     try:
@@ -60,12 +59,12 @@ def main(options: argparse.Namespace, command: str) -> int:
         folder = Path(options.out or f"runs/train-{recipe.name}")
         record = train(recipe, folder, command, lambda line: print(line, file=sys.stderr, flush=True))
     except OptionError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2, "train")
     except OSError as error:
         what = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
-        return _fail(f"{what}; the last checkpoint is kept, and the same command goes on from it", 1)
+        return fail(f"{what}; the last checkpoint is kept, and the same command goes on from it", 1, "train")
     except KeyboardInterrupt:
-        return _fail(f"interrupted; to go on from the last checkpoint: {command}", 130)
+        return fail(f"interrupted; to go on from the last checkpoint: {command}", 130, "train")
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -99,8 +98,3 @@ def summary(record: Any, folder: Path) -> str:
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['model_params']:,} parameters\n"
         f"{folder}: run.json, record.json, tokenizer.json, model, checkpoints"
     )
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"structlin train: error: {message}", file=sys.stderr)
-    return status

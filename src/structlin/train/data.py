@@ -14,7 +14,7 @@ import os
 import platform
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,12 @@ def _decode(path: Path) -> bytes:
         raise ValueError(f"{path} is binary (byte {error.start} is not UTF-8); allowed: UTF-8 text") from None
     if "\0" in text:
         raise ValueError(f"{path} is binary (byte {data.index(0)} is zero); allowed: UTF-8 text")
-    return "\n".join(_jsonl(path, text)).encode(errors="replace") if name.endswith(".jsonl") else data
+    return "\n".join(jsonl(path, text.split("\n"))).encode() if name.endswith(".jsonl") else data
 
 
-def _jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def jsonl(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """The strings under ``"text"`` of the lines of the JSONL file ``path``; ValueError naming a bad line."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -186,4 +187,5 @@ def _jsonl(path: Path, text: str) -> Iterator[str]:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise ValueError(f'{path}, line {number}: allowed are objects with a string "text"')
-        yield value["text"]
+        # a lone half of a surrogate pair is JSON, but no text
+        yield value["text"].encode("utf-8", "replace").decode()

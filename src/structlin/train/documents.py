@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .data import files, read_text
+from .data import files, jsonl, read_text
 
 PIECE = 1 << 12
 """Characters of a piece of a long text, at least; it ends with a line."""
@@ -107,7 +107,7 @@ def _file(path: Path) -> Iterator[Piece]:
                 yield from _parquet(path, stream)
                 return
             text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-            yield from _jsonl(path, text) if _stem(path).endswith(".jsonl") else _pieces(text)
+            yield from ((line, True) for line in jsonl(path, text)) if _stem(path).endswith(".jsonl") else _pieces(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is binary ({error.reason}); allowed: UTF-8 text") from None
     except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
@@ -124,20 +124,6 @@ def _pieces(text: Any) -> Iterator[Piece]:
         if "\0" in piece:
             raise ValueError(f"{getattr(text, 'name', 'a text')} is binary (has a zero byte); allowed: UTF-8 text")
         yield piece, not following
-
-
-def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[Piece]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise ValueError(f'{path}, line {number}: allowed are objects with a string "text"')
-        # a lone half of a surrogate pair is JSON, but no text
-        yield value["text"].encode("utf-8", "replace").decode(), True
 
 
 def _parquet(path: Path, stream: BinaryIO) -> Iterator[Piece]:
