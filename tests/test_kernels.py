@@ -142,34 +142,37 @@ def check_joined(device):
                 assert_as_accurate(found.flatten(1), wanted(x, w, z, u), exact)
 
 
-def check_layers(device):
-    """Whole layers whose low-rank term joins the block-sparse one: outputs and all gradients."""
+def check_sums(device):
+    """Whole sums in which a low-rank term joins the block-sparse one: outputs and all gradients."""
     import structlin as sl
-    from structlin.ops import chain, moves
-    from structlin.testing import assert_as_accurate, inputs, make
+    from structlin.ops import chain, lowering, moves
+    from structlin.plan import Plan
+    from structlin.testing import assert_as_accurate
 
     before, kernels = chain.kernels_on, moves.Kernels(True, True)
     chain.kernels_on = lambda *_: kernels
     fly = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1, rank=24)
-    for spec, shape, tokens in [(fly, (512, 256), 70), (sl.BlockDiagonal(4) + fly, (256, 256), 3)]:
-        layer, exact = make(spec, shape, device, torch.float16), make(spec, shape, device)
-        exact.load_state_dict(layer.state_dict())
-        x, dy = inputs(layer, tokens), torch.randn(tokens, shape[0]).to(device, torch.float16)
+    axes = {"i": 2, "j": 128, "r": 2, "s": 8, "o": 128, "p": 2}
+    digits = Plan.einsum("i j, r s i j, o p r s -> o p", names=["down", "up"], **axes)
+    sparse = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1).plan(256, 256)
+    plans = fly.plan(512, 256), (sl.BlockDiagonal(4) + fly).plan(256, 256), sparse + digits.apart(sparse)
+    for plan, tokens in zip(plans, (70, 3, 1), strict=True):
+        program, shapes = lowering.lower(plan), [(tokens, plan.in_features), *plan.shapes.values()]
+        given = [torch.randn(shape, device=device, dtype=torch.float16) for shape in shapes]
+        dy = torch.randn(tokens, plan.out_features, device=device, dtype=torch.float16)
 
-        def step(run, layer, x, dy):
-            x = x.detach().requires_grad_()
-            factors = [getattr(layer, name) for name in layer.plan.factors]
-            y = run(x, factors, layer._program)
-            return [y, *torch.autograd.grad(y, (x, *factors), dy)]
+        def step(run, dtype, given=given, dy=dy, program=program):
+            x, *factors = (tensor.to(dtype).requires_grad_() for tensor in given)
+            y = run(x, factors, program)
+            return [y, *torch.autograd.grad(y, (x, *factors), dy.to(dtype))]
 
-        ours, naive = (step(run, layer, x, dy) for run in (chain.multiply, chain.compose))
-        truth = step(chain.compose, exact, x.double(), dy.double())
-        for found, plain, true in zip(ours, naive, truth, strict=True):
+        ours, naive = step(chain.multiply, torch.float16), step(chain.compose, torch.float16)
+        for found, plain, true in zip(ours, naive, step(chain.compose, torch.float64), strict=True):
             assert_as_accurate(found, plain, true)
     chain.kernels_on = before
 
 
-CHECKS = [check_exchange, check_across, check_blocks, check_joined, check_layers]
+CHECKS = [check_exchange, check_across, check_blocks, check_joined, check_sums]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")

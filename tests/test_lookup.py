@@ -99,6 +99,19 @@ def test_a_low_rank_term_joins_the_block_sparse_kernel(spec, joined):
     assert joins([(t.steps[-1].forward, t.steps[-1].after) for t in schedule(text, 0, Kernels(True, True))]) == {}
 
 
+def test_only_what_lies_as_the_kernel_reads_it_joins():
+    pytest.importorskip("triton")
+    from structlin.ops.lowering import lower
+    from structlin.ops.moves import Kernels
+    from structlin.ops.schedule import joins, schedule
+
+    sparse = sl.Pixelfly(64, 4).plan(256, 512)
+    low_rank = Plan.einsum("i, r i, r o -> o", names=["down", "up"], i=512, r=24, o=256)
+    terms = schedule(lower(sparse + low_rank.apart(sparse)).text, 70, Kernels(True, True))
+    assert joins([(term.steps[-1].forward, term.steps[-1].after) for term in terms]) == {}
+    assert joins([(term.steps[0].dgrad, term.undo) for term in terms]) == {0: 1}
+
+
 def test_explain_names_what_joins(monkeypatch):
     pytest.importorskip("triton")
     from structlin.ops.moves import Kernels

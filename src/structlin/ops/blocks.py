@@ -37,9 +37,10 @@ class Blocks:
             assert into is None
             assert joined is None
             return gradient_of_blocks(a, b, self.table)
+        transposed = self.which == "dgrad"
         if joined is not None:
-            joined = aligned(joined[0]), aligned(joined[1])
-        return sum_of_blocks(a, b, self.table, self.which == "dgrad", into, joined)
+            joined = aligned(joined[0]), aligned(joined[1] if transposed else joined[1].mT)
+        return sum_of_blocks(a, b, self.table, transposed, into, joined)
 
 
 def blocks(chain: Chain, sizes: dict[str, int]) -> tuple[Blocks, Blocks, Blocks] | None:

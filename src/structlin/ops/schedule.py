@@ -107,7 +107,9 @@ def add(products: Sequence[Product]) -> Tensor:
         if i in joined:
             assert isinstance(gemm, Blocks)
             beside = products[joined[i]]
-            total = gemm.run(a, b, total, (beside.a, beside.b))
+            assert isinstance(beside.gemm, Gemm)
+            matrices = beside.a.as_strided(*beside.gemm.a), beside.b.as_strided(*beside.gemm.b)
+            total = gemm.run(a, b, total, matrices)
         elif i not in joined.values():
             total = multiply_then(gemm, relayout, a, b, total)
     assert total is not None
