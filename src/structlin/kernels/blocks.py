@@ -102,6 +102,13 @@ def _packed(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
         return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
+def _tile(outer: int, adds: bool) -> tuple[int, int, int, int]:
+    """Tokens, features, warps and stages of a tile."""
+    # what is added passes through shared memory, and there is room for it beside smaller tiles only
+    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and not adds else (128, 128, 4, 4)
+    return rows, min(columns, outer & -outer), warps, stages
+
+
 def sum_of_blocks(
     x: Tensor,
     w: Tensor,
@@ -124,9 +131,7 @@ def sum_of_blocks(
     tokens, _, inner = x.shape
     outer = w.shape[3] if transposed else w.shape[1]
     y = x.new_empty(tokens, len(table), outer) if into is None else into.view(tokens, len(table), outer)
-    # what is added passes through shared memory, and there is room for it beside smaller tiles only
-    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and into is None else (128, 128, 4, 4)
-    columns = min(columns, outer & -outer)
+    rows, columns, warps, stages = _tile(outer, into is not None)
     a_block, b_block = [rows, 64], [64, columns] if transposed else [columns, 64]
     operands = _tiles(x, 1, a_block), _tiles(w, 2, b_block)
     beside = operands if joined is None else (_tiles(joined[0], 1, a_block), _tiles(joined[1], 1, b_block))
