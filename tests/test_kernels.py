@@ -41,6 +41,24 @@ def check_exchange(device):
             assert torch.equal(y, 2 * x.permute(0, 2, 1, 3)), (tokens, a, b, r, dtype)
 
 
+def check_join(device):
+    from structlin.kernels.join import join, unjoin
+
+    for tokens, a, b, r in [(5, 6, 4, 1), (3, 40, 8, 1), (7, 5, 3, 2), (0, 2, 2, 1), (2, 4, 200, 4), (3, 1, 4, 8)]:
+        for rows, exchanged, dtype in itertools.product((b, 1), (0, 1), (torch.float16, torch.float64)):
+            features = a * b * r
+            x = fenced(torch.randn(tokens, features, device=device).to(dtype))
+            halves = [x, x.view(tokens, a, b, r).permute(0, 2, 1, 3).reshape(tokens, features)]
+            wanted = torch.stack([h.view(tokens, rows, features // rows) for h in halves][:: 2 * exchanged - 1], 2)
+            z = join(x, (a, b, r), features // rows, exchanged)
+            assert torch.equal(z.view(wanted.shape), wanted), (tokens, a, b, r, rows, exchanged, dtype)
+            z = fenced(torch.randn(tokens, 2 * features, device=device).to(dtype))
+            plain, moved = z.view(wanted.shape).unbind(2)[:: 2 * exchanged - 1]
+            moved = moved.reshape(tokens, b, a, r).permute(0, 2, 1, 3)
+            total = plain.reshape(tokens, features) + moved.reshape(tokens, features)
+            assert torch.equal(unjoin(z, (a, b, r), features // rows, exchanged), total)
+
+
 def check_across(device):
     from structlin.kernels.across import across
     from structlin.testing import assert_as_accurate
@@ -95,7 +113,7 @@ def check_blocks(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")
-@pytest.mark.parametrize("check", ["check_exchange", "check_across", "check_blocks"])
+@pytest.mark.parametrize("check", ["check_exchange", "check_join", "check_across", "check_blocks"])
 def test_on_the_interpreter(check):
     # the interpreter is chosen when triton is imported, so it gets a process of its own
     code = f"import runpy; runpy.run_path({__file__!r})[{check!r}]('cpu')"
@@ -104,6 +122,6 @@ def test_on_the_interpreter(check):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("check", [check_exchange, check_across, check_blocks])
+@pytest.mark.parametrize("check", [check_exchange, check_join, check_across, check_blocks])
 def test_on_the_gpu(check):
     check("cuda")

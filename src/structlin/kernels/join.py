@@ -1,8 +1,8 @@
 """Write a tensor beside a copy of itself with two axes exchanged, and add two such halves up again.
 
-``x`` of shape [t, a, b, r] becomes ``[t, rows, 2, width]``: one half has the features of ``x`` in rows of ``width``, the
-other those of ``[t, b, a, r]``. So two products that share all but the order of their inputs become one. Each program
-reads its tile once, as in `structlin.kernels.relayout`, and exchanges axes in registers.
+``x`` of shape [t, a, b, r] becomes ``[t, rows, 2, width]``: one half has the features of ``x`` in rows of ``width``,
+the other those of ``[t, b, a, r]``. So two products that share all but the order of their inputs become one. Each
+program reads its tile once, as in `structlin.kernels.relayout`, and exchanges axes in registers.
 """
 
 from __future__ import annotations
