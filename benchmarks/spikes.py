@@ -257,14 +257,14 @@ def sparse_blocks() -> None:
         return blocks.sum_of_blocks(x, w, table, False, torch.mm(z, up.T, out=low))
 
     def joined() -> Tensor:
-        return blocks.sum_of_blocks(x, w, table, False, joined=(z, up))
+        return blocks.sum_of_blocks(x, w, table, False, pair=(z, up))
 
     want = gathered().double().view(TOKENS, 4096) + z.double() @ up.double().T
     assert error(joined().view(TOKENS, 4096), want) < 5e-3
     row = {
         "added_after": kernels(after),
         "joined": kernels(joined),
-        "joined_input_gradient": kernels(lambda: blocks.sum_of_blocks(dy, w, used, True, joined=(z, down))),
+        "joined_input_gradient": kernels(lambda: blocks.sum_of_blocks(dy, w, used, True, pair=(z, down))),
         "to_rank": kernels(lambda: torch.mm(flat, down.T, out=z)),
         "rank_weight_gradient": kernels(lambda: torch.mm(flat.T, z, out=y)),
     }

@@ -42,6 +42,24 @@ def check_exchange(device):
             assert torch.equal(y, 2 * x.permute(0, 2, 1, 3)), (tokens, a, b, r, dtype)
 
 
+def check_join(device):
+    from structlin.kernels.join import join, unjoin
+
+    for tokens, a, b, r in [(5, 6, 4, 1), (3, 40, 8, 1), (7, 5, 3, 2), (0, 2, 2, 1), (2, 4, 200, 4), (3, 1, 4, 8)]:
+        for rows, exchanged, dtype in itertools.product((b, 1), (0, 1), (torch.float16, torch.float64)):
+            features = a * b * r
+            x = fenced(torch.randn(tokens, features, device=device).to(dtype))
+            halves = [x, x.view(tokens, a, b, r).permute(0, 2, 1, 3).reshape(tokens, features)]
+            wanted = torch.stack([h.view(tokens, rows, features // rows) for h in halves][:: 2 * exchanged - 1], 2)
+            z = join(x, (a, b, r), features // rows, exchanged)
+            assert torch.equal(z.view(wanted.shape), wanted), (tokens, a, b, r, rows, exchanged, dtype)
+            z = fenced(torch.randn(tokens, 2 * features, device=device).to(dtype))
+            plain, moved = z.view(wanted.shape).unbind(2)[:: 2 * exchanged - 1]
+            moved = moved.reshape(tokens, b, a, r).permute(0, 2, 1, 3)
+            total = plain.reshape(tokens, features) + moved.reshape(tokens, features)
+            assert torch.equal(unjoin(z, (a, b, r), features // rows, exchanged), total)
+
+
 def check_across(device):
     from structlin.kernels.across import across
     from structlin.testing import assert_as_accurate
@@ -95,7 +113,7 @@ def check_blocks(device):
             assert_as_accurate(ours, plain(x, dy, w), plain(x.double(), dy.double(), w.double()))
 
 
-JOINED = [  # tokens, blocks, n, k, slots, rank
+PAIRED = [  # tokens, blocks, n, k, slots, rank
     (70, 2, 64, 64, 2, 8),
     (129, 4, 128, 64, 3, 72),
     (3, 8, 64, 128, 5, 64),
@@ -104,12 +122,12 @@ JOINED = [  # tokens, blocks, n, k, slots, rank
 ]
 
 
-def check_joined(device):
+def check_pair(device):
     """The block-sparse product and its input gradient with a product of matrices in the same pass."""
     from structlin.kernels.blocks import sum_of_blocks
     from structlin.testing import assert_as_accurate
 
-    for tokens, blocks, n, k, slots, rank in JOINED:
+    for tokens, blocks, n, k, slots, rank in PAIRED:
         index = torch.arange(blocks, device=device)[:, None] ^ torch.arange(slots, device=device)
         table = tuple(map(tuple, index.tolist()))
         used = tuple(tuple(row + 4096 * slot for slot, row in enumerate(line)) for line in table)
@@ -136,7 +154,7 @@ def check_joined(device):
 
             given = x.unflatten(1, (blocks, -1)), w, places, transposed
             torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
-            ours = sum_of_blocks(*given, joined=(z, u)), sum_of_blocks(*given, there.clone(), (z, u))
+            ours = sum_of_blocks(*given, pair=(z, u)), sum_of_blocks(*given, there.clone(), (z, u))
             torch.use_deterministic_algorithms(False)
             for found, wanted in zip(ours, (plain, added), strict=True):
                 exact = wanted(x.double(), w.double(), z.double(), u.double())
@@ -173,7 +191,7 @@ def check_sums(device):
     chain.kernels_on = before
 
 
-CHECKS = [check_exchange, check_across, check_blocks, check_joined, check_sums]
+CHECKS = [check_exchange, check_join, check_across, check_blocks, check_pair, check_sums]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")

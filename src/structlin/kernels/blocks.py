@@ -5,7 +5,7 @@ block of the input each slot reads. One GEMM sums over all slots of a row: the l
 address of the next block from the table. The table travels as 16 bits for each entry, four in a word, because a load
 inside the loop would stop the pipeline; so a row may have 8 entries of numbers below 4096.
 
-A second product of plain matrices may join: its inner dimension continues that of the blocks, so both sum in the same
+A second product of plain matrices may follow: its inner dimension continues that of the blocks, so both sum in the same
 registers and the result is written once. The loop selects which pair of operands it reads by address; a second loop or
 a branch around the loads would stop the pipeline too.
 """
@@ -36,7 +36,7 @@ def _sum_of_blocks(
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     chunks: tl.constexpr = K // BLOCK_K
     sparse: tl.constexpr = ENTRIES * chunks
-    joined: tl.constexpr = (RANK + BLOCK_K - 1) // BLOCK_K
+    paired: tl.constexpr = (RANK + BLOCK_K - 1) // BLOCK_K
     tiles = tl.cdiv(tokens, BLOCK_T) * ROWS * columns
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         t = tile // (ROWS * columns) * BLOCK_T
@@ -44,13 +44,13 @@ def _sum_of_blocks(
         n = tile % columns * BLOCK_N
         first, second = tl.load(table + 2 * row), tl.load(table + 2 * row + 1)
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        for j in tl.range(0, sparse + joined):
+        for j in tl.range(0, sparse + paired):
             entry = j // chunks
             found = (tl.where(entry < 4, first, second) >> (entry % 4 * 16)).to(tl.int32) & 65535
             a_desc, b_desc = x_desc, w_desc
             at = found % 4096 * K + j % chunks * BLOCK_K
             across = found // 4096 * N + n if TRANSPOSED else j * BLOCK_K
-            if joined:
+            if paired:
                 if j >= sparse:
                     a_desc, b_desc = z_desc, u_desc
                 beyond = (j - sparse) * BLOCK_K
@@ -115,14 +115,14 @@ def sum_of_blocks(
     table: tuple[tuple[int, ...], ...],
     transposed: bool,
     into: Tensor | None = None,
-    joined: tuple[Tensor, Tensor] | None = None,
+    pair: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``y[t, r, :] = sum over s of x[t, table[r][s], :] w[r, :, s, :]^T``, (tokens, rows, n), new or added to one.
 
     With ``transposed`` the adjoint: ``table`` then lists the uses of each block of the result, row + 4096 * slot, and
     ``y[t, b, :] = sum over uses of x[t, row, :] w[row, :, slot, :]``.
 
-    The product of the pair ``joined`` is added in the same pass: of z (tokens, rank) with the transpose of
+    The product of the pair ``pair`` is added in the same pass: of z (tokens, rank) with the transpose of
     (rows * n, rank), or, with ``transposed``, with (rank, blocks * k). The rank is a multiple of 8.
 
     ``x`` is (tokens, blocks, width), ``w`` (rows, n, slots, k); all contiguous, of one half precision, on a device of
@@ -134,11 +134,11 @@ def sum_of_blocks(
     rows, columns, warps, stages = _tile(outer, into is not None)
     a_block, b_block = [rows, 64], [64, columns] if transposed else [columns, 64]
     operands = _tiles(x, 1, a_block), _tiles(w, 2, b_block)
-    beside = operands if joined is None else (_tiles(joined[0], 1, a_block), _tiles(joined[1], 1, b_block))
+    beside = operands if pair is None else (_tiles(pair[0], 1, a_block), _tiles(pair[1], 1, b_block))
     _sum_of_blocks[(_programs(x.device),)](
         *operands, *beside, _tiles(y, 1, [rows, columns]), y,
         _packed(table, x.device), tokens, _programs(x.device),
-        len(table), len(table[0]), outer, inner, 0 if joined is None else joined[0].shape[1],
+        len(table), len(table[0]), outer, inner, 0 if pair is None else pair[0].shape[1],
         transposed, into is not None, rows, columns, 64,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

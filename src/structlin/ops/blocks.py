@@ -27,20 +27,20 @@ class Blocks:
     b: tuple[int, ...]
 
     def run(
-        self, a: Tensor, b: Tensor, into: Tensor | None = None, joined: tuple[Tensor, Tensor] | None = None
+        self, a: Tensor, b: Tensor, into: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Multiply, or add the product to ``into``; with ``joined`` also the product of these matrices, in one pass."""
+        """Multiply, or add the product to ``into``; with ``pair`` also the product of these matrices, in one pass."""
         from ..kernels.blocks import gradient_of_blocks, sum_of_blocks
 
         a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         if self.which == "wgrad":
             assert into is None
-            assert joined is None
+            assert pair is None
             return gradient_of_blocks(a, b, self.table)
         transposed = self.which == "dgrad"
-        if joined is not None:
-            joined = aligned(joined[0]), aligned(joined[1] if transposed else joined[1].mT)
-        return sum_of_blocks(a, b, self.table, transposed, into, joined)
+        if pair is not None:
+            pair = aligned(pair[0]), aligned(pair[1] if transposed else pair[1].mT)
+        return sum_of_blocks(a, b, self.table, transposed, into, pair)
 
 
 def blocks(chain: Chain, sizes: dict[str, int]) -> tuple[Blocks, Blocks, Blocks] | None:

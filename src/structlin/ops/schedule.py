@@ -75,7 +75,7 @@ class Product:
     b: Tensor
 
 
-def joins(products: Sequence[tuple[Multiply, Move | None]]) -> dict[int, int]:
+def pairs(products: Sequence[tuple[Multiply, Move | None]]) -> dict[int, int]:
     """Which terms of a sum share a kernel: for the place of a block-sparse product that of a product of two plain
     matrices, such as the last one of a low-rank term, whose inner dimension continues that of the blocks."""
     plain = [i for i, (gemm, move) in enumerate(products) if move is None and isinstance(gemm, Gemm)]
@@ -98,19 +98,19 @@ def _continues(gemm: Multiply, blocks: Blocks) -> bool:
 
 
 def add(products: Sequence[Product]) -> Tensor:
-    """The sum of products of one shape: two in one kernel where they join, else each added to what is there."""
-    joined = joins([(product.gemm, product.relayout) for product in products])
+    """The sum of products of one shape: two in one kernel where they pair up, else each added to what is there."""
+    paired = pairs([(product.gemm, product.relayout) for product in products])
     total: Tensor | None = None
     # a block-sparse product adds to what is there while it multiplies, a GEMM by a pass over memory
     for i in sorted(range(len(products)), key=lambda i: isinstance(products[i].gemm, Blocks)):
         gemm, relayout, a, b = products[i].gemm, products[i].relayout, products[i].a, products[i].b
-        if i in joined:
+        if i in paired:
             assert isinstance(gemm, Blocks)
-            beside = products[joined[i]]
+            beside = products[paired[i]]
             assert isinstance(beside.gemm, Gemm)
             matrices = beside.a.as_strided(*beside.gemm.a), beside.b.as_strided(*beside.gemm.b)
             total = gemm.run(a, b, total, matrices)
-        elif i not in joined.values():
+        elif i not in paired.values():
             total = multiply_then(gemm, relayout, a, b, total)
     assert total is not None
     return total
