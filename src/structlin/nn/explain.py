@@ -11,7 +11,7 @@ from ..ops import choice, joined
 from ..ops.blocks import Blocks
 from ..ops.lowering import Program
 from ..ops.moves import Gather, Move, Relayout, kernels_on
-from ..ops.schedule import Multiply, schedule
+from ..ops.schedule import Multiply, joins, schedule
 from ..plan import Plan
 from .linear import StructuredLinear
 
@@ -115,12 +115,16 @@ def _lowered(layer: StructuredLinear, program: Program, tokens: int, kernels: bo
     factor = next(layer.parameters())
     sequences = schedule(program.text, tokens, kernels_on(factor.device, factor.dtype, kernels))
     rows: list[Ran] = []
-    for chain, sequence in zip(program.chains, sequences, strict=True):
+    joining = joins([(sequence.steps[-1].forward, sequence.steps[-1].after) for sequence in sequences]).values()
+    for place, (chain, sequence) in enumerate(zip(program.chains, sequences, strict=True)):
         if sequence.before is not None:
             rows.append(_copy(sequence.before, "the first step cannot read the input in place"))
         for stage, step in zip(chain.stages, sequence.steps, strict=True):
             if isinstance(step.forward, Blocks):
                 rows.append(Ran(stage.equation, "block-sparse kernel", "reads its blocks by the table"))
+            elif place in joining and step is sequence.steps[-1]:
+                why = "its inner dimension continues that of the blocks, and the sum is written once"
+                rows.append(Ran(stage.equation, "in the block-sparse kernel", why))
             elif isinstance(step.after, Relayout) and step.after.tokens_last:
                 why = "stores its result tokens last, in the order of what comes next"
                 rows.append(Ran(stage.equation, f"across kernel, {_size(step.forward)}", why))

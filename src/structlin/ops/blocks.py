@@ -26,15 +26,21 @@ class Blocks:
     a: tuple[int, ...]
     b: tuple[int, ...]
 
-    def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-        """Multiply, or add the product to ``into``."""
+    def run(
+        self, a: Tensor, b: Tensor, into: Tensor | None = None, joined: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Multiply, or add the product to ``into``; with ``joined`` also the product of these matrices, in one pass."""
         from ..kernels.blocks import gradient_of_blocks, sum_of_blocks
 
         a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         if self.which == "wgrad":
             assert into is None
+            assert joined is None
             return gradient_of_blocks(a, b, self.table)
-        return sum_of_blocks(a, b, self.table, self.which == "dgrad", into)
+        transposed = self.which == "dgrad"
+        if joined is not None:
+            joined = aligned(joined[0]), aligned(joined[1] if transposed else joined[1].mT)
+        return sum_of_blocks(a, b, self.table, transposed, into, joined)
 
 
 def blocks(chain: Chain, sizes: dict[str, int]) -> tuple[Blocks, Blocks, Blocks] | None:

@@ -75,12 +75,43 @@ class Product:
     b: Tensor
 
 
+def joins(products: Sequence[tuple[Multiply, Move | None]]) -> dict[int, int]:
+    """Which terms of a sum share a kernel: for the place of a block-sparse product that of a product of two plain
+    matrices, such as the last one of a low-rank term, whose inner dimension continues that of the blocks."""
+    plain = [i for i, (gemm, move) in enumerate(products) if move is None and isinstance(gemm, Gemm)]
+    found: dict[int, int] = {}
+    for i, (gemm, _) in enumerate(products):
+        if isinstance(gemm, Blocks):
+            fitting = [j for j in plain if _continues(products[j][0], gemm) and j not in found.values()]
+            found |= {i: fitting[0]} if fitting else {}
+    return found
+
+
+def _continues(gemm: Multiply, blocks: Blocks) -> bool:
+    """Whether the block-sparse kernel can read the operands of ``gemm`` and writes its result as it lies."""
+    assert isinstance(gemm, Gemm)
+    *_, rank = gemm.a[0]
+    (*group, tokens, n), _ = gemm.c
+    b = (1, rank) if blocks.which == "forward" else (n, 1)
+    strides = gemm.a[1], gemm.b[1], gemm.c[1]
+    return not group and tokens > 0 and rank % 8 == 0 and strides == ((rank, 1), b, (n, 1))
+
+
 def add(products: Sequence[Product]) -> Tensor:
-    """The sum of products of one shape, each added to what is there."""
+    """The sum of products of one shape: two in one kernel where they join, else each added to what is there."""
+    joined = joins([(product.gemm, product.relayout) for product in products])
     total: Tensor | None = None
     # a block-sparse product adds to what is there while it multiplies, a GEMM by a pass over memory
-    for product in sorted(products, key=lambda product: isinstance(product.gemm, Blocks)):
-        total = multiply_then(product.gemm, product.relayout, product.a, product.b, total)
+    for i in sorted(range(len(products)), key=lambda i: isinstance(products[i].gemm, Blocks)):
+        gemm, relayout, a, b = products[i].gemm, products[i].relayout, products[i].a, products[i].b
+        if i in joined:
+            assert isinstance(gemm, Blocks)
+            beside = products[joined[i]]
+            assert isinstance(beside.gemm, Gemm)
+            matrices = beside.a.as_strided(*beside.gemm.a), beside.b.as_strided(*beside.gemm.b)
+            total = gemm.run(a, b, total, matrices)
+        elif i not in joined.values():
+            total = multiply_then(gemm, relayout, a, b, total)
     assert total is not None
     return total
 
