@@ -251,7 +251,7 @@ def sparse_blocks() -> None:
     }
     note("S8", "16 blocks of 256, 4 in a row", row)
     z, down, up = rand(TOKENS, 128), rand(128, 4096, scale=2**-6), rand(4096, 128, scale=2**-5)
-    low, y = torch.empty(TOKENS, 4096, device=DEVICE, dtype=DTYPE), torch.empty(4096, 128, device=DEVICE, dtype=DTYPE)
+    low, to_rank, from_rank = rand(TOKENS, 4096), torch.empty_like(z), torch.empty_like(up)
 
     def after() -> Tensor:
         return blocks.sum_of_blocks(x, w, table, False, torch.mm(z, up.T, out=low))
@@ -259,14 +259,14 @@ def sparse_blocks() -> None:
     def joined() -> Tensor:
         return blocks.sum_of_blocks(x, w, table, False, pair=(z, up))
 
-    want = gathered().double().view(TOKENS, 4096) + z.double() @ up.double().T
+    want = gathered().double().reshape(TOKENS, 4096) + z.double() @ up.double().T
     assert error(joined().view(TOKENS, 4096), want) < 5e-3
     row = {
         "added_after": kernels(after),
         "joined": kernels(joined),
         "joined_input_gradient": kernels(lambda: blocks.sum_of_blocks(dy, w, used, True, pair=(z, down))),
-        "to_rank": kernels(lambda: torch.mm(flat, down.T, out=z)),
-        "rank_weight_gradient": kernels(lambda: torch.mm(flat.T, z, out=y)),
+        "to_rank": kernels(lambda: torch.mm(flat, down.T, out=to_rank)),
+        "rank_weight_gradient": kernels(lambda: torch.mm(flat.T, z, out=from_rank)),
     }
     note("S8", "the same and rank 128", row)
     row, processors = {}, blocks._programs(DEVICE)
