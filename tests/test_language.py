@@ -1,0 +1,144 @@
+"""Plans of language-model runs, the runner that trains them side by side, and the page of claims made from its records."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from structlin import recipes
+from structlin.report import records
+from structlin.train import model as models
+from structlin.train.recipe import override
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plans = script("language_plans")
+language = script("language")
+
+
+def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
+    """What a run leaves, as far as later stages read it."""
+    seconds = [step * plans.STEP / speed for step in (0, 10, 20)]
+    config = {**run.fields, "layers": run.fields.get("layers", "mlp"), "given": dict(run.fields), "parts": ["train"]}
+    series = {"step": [0, 10, 20], "seconds": seconds}
+    return {"name": run.name, "config": config, "metrics": {"valid_loss": loss}, "series": series, "status": "ok"}
+
+
+def losses(run: Any) -> float | None:
+    """Dense is best at 2e-3, DYAD reaches it in 0.7 of the time and 0.6, Monarch never."""
+    lr, share = run.fields.get("lr", 1e-3), float(run.name.split("-x")[1].split("-lr")[0]) if "-x" in run.name else 1.0
+    if lr > 3e-3 and "dense" in run.name:
+        return None
+    base = {"dense": 4.0, "monarch8": 4.3}.get(next((n for n in ("dense", "monarch8") if n in run.name), ""), 3.95)
+    return base + abs(math.log2(lr / 2e-3)) / 10 + (0.2 * (0.6 - share) if share < 0.6 else 0.0)
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_all_runs_of_a_plan_fit_their_recipe_and_have_names_of_their_own(name: str) -> None:
+    found: list[dict[str, Any]] = []
+    checked = set()
+    for stage in range(1, plans.STAGES[name] + 1):
+        runs = plans.PLANS[name](stage, found)
+        assert runs
+        for run in runs:
+            recipe = override(recipes.find(run.recipe), {key: str(value) for key, value in run.fields.items()})
+            shape = recipe.architecture, recipe.width, recipe.structure, recipe.layers
+            if shape not in checked:
+                models.check(dataclasses.replace(recipe, depth=1))
+            checked.add(shape)
+            tiny = run.recipe.startswith("tiny")
+            assert tiny or language.Job(run, "train").seconds < 560, "a run fits into one call"
+            assert tiny or recipe.embedding_lr == 8
+            assert recipe.batch * recipe.context == plans.STEP or tiny
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs]
+    assert len({run["name"] for run in found}) == len(found)
+
+
+def test_time_to_loss_follows_from_the_records() -> None:
+    plan, found = plans.PLANS["time768"], []
+    for stage in range(1, 6):
+        runs = {run.name: run for run in plan(stage, found)}
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
+        if stage == 2:  # 180 seconds at 600,000 tokens a second
+            assert {run.fields["steps"] for run in runs.values()} == {math.ceil(180 * 6e5 / plans.STEP)}
+        if stage == 3:
+            assert runs["w768-dyad8-all-x0.7-lr0.002-s0"].fields["steps"] == math.ceil(0.7 * 180 * 8e5 / plans.STEP)
+            assert {run.fields["lr"] for run in runs.values()} == {1e-3, 2e-3, 4e-3}
+        if stage == 4:
+            assert "w768-dyad8-all-x0.5-lr0.002-s0" in runs
+            assert "w768-monarch8-all-x1-lr0.002-s0" in runs
+            assert "w768-dense-x1-lr0.00141-s0" in runs
+    names = set(runs)
+    assert {"w768-dense-x1-lr0.002-s1", "w768-dense-x1-lr0.002-s2"} < names
+    assert sum("-x0.5-" in name or "-x0.6-" in name for name in names) == 4, names
+    with pytest.raises(ValueError, match="w768-dense-speed, which is not in the records"):
+        plan(2, [])
+
+
+def test_what_is_slow_to_come_is_ended_and_the_rest_not_started(tmp_path: Path) -> None:
+    run = plans.run("tiny_gpt2", 1, name="one", speed=1e6)
+    slow, late = language.Job(run, "train"), language.Job(plans.run("tiny_gpt2", 10**6, name="two"), "train")
+    place = language.Place(tmp_path, None)
+    code = "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"
+    place.command = lambda job: [sys.executable, "-c", code]  # type: ignore[method-assign]
+    begun = time.monotonic()
+    limit = begun + slow.seconds + 0.5
+    clock = SimpleNamespace(monotonic=lambda: begun + 40 * (time.monotonic() - begun), sleep=time.sleep)
+    language.time, real = clock, language.time
+    try:
+        left = language.work([slow, late], place, 2, limit, lambda job, seconds: pytest.fail("it did not end"))
+    finally:
+        language.time = real
+    assert [job.run.name for job in left] == ["two", "one"]
+    assert not (tmp_path / "two").exists()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.slow
+def test_a_plan_on_the_cpu_leaves_records_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    for part in ("train", "valid"):
+        write(data / "text" / f"{part}.jsonl", [{"text": f"{part} {i} it was the best of times"} for i in range(400)])
+    pair = {"sentence_good": "it was", "sentence_bad": "was it", "UID": "order", "field": "syntax"}
+    write(data / "blimp" / "blimp.jsonl", [{**pair, "linguistics_term": "order"}] * 4)
+    rows = [{"sentence": f"good {i}", "label": i % 2, "split": part} for part in ("train", "dev") for i in range(8)]
+    write(data / "glue" / "sst2.jsonl", rows)
+    out, folder = tmp_path / "smoke.json", tmp_path / "runs"
+    options = ["smoke", "--out", str(out), "--folder", str(folder), "--data", str(data), "--gpus", "2"]
+    assert language.main([*options, "--limit", "98"]) == 1, "evaluation is thought not to fit"
+    first = {found["name"]: found for found in records.read(out)}
+    assert set(first) == {"tiny_gpt2-dense", "tiny_gpt2-dyad4"}
+    assert language.main([*options, "--limit", "1000"]) == 0
+    found = {record["name"]: record for record in records.read(out)}
+    dense = found["tiny_gpt2-dense"]
+    assert dense["config"]["parts"] == ["train", "eval", "glue:sst2"]
+    assert {"blimp/accuracy", "kshot/sst2/accuracy", "finetune/sst2/accuracy", "total_seconds"} <= set(dense["metrics"])
+    assert str(tmp_path) not in out.read_text()
+    assert not list(folder.glob("*/model"))
+    capsys.readouterr()
+    assert language.main([*options, "--dry-run"]) == 0
+    assert "0 jobs" in capsys.readouterr().out
