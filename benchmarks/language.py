@@ -108,22 +108,20 @@ class Place:
             return [*python, "eval", *common, "--tasks", names, "--data", *data, *shots, *size]
         task = job.part.partition(":")[2]
         steps = 4 if device else GLUE_STEPS
-        rest = ["--task", task, "--data", f"{self.data}/glue", "--steps", str(steps), "--warmup-steps", str(steps // 10)]
-        return [*python, "finetune", *common, *rest]
+        length = ["--steps", str(steps), "--warmup-steps", str(steps // 10)]
+        return [*python, "finetune", *common, "--task", task, "--data", f"{self.data}/glue", *length]
 
     def start(self, job: Job, gpu: int, gpus: int) -> subprocess.Popen[bytes]:
         """Start ``job`` on one GPU, its output going to a file beside its result."""
         here = self.folder / job.run.name
         here.mkdir(parents=True, exist_ok=True)
-        caches = {name: str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
         threads = str(max(1, (os.cpu_count() or 1) // gpus))
         env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": threads,
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"), "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
         with open(here / f"{job.part.replace(':', '-')}.log", "wb") as log:
-            return subprocess.Popen(
-                self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0
-            )
+            return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
 
     def missing(self, run: Run, kept: Record | None) -> list[Job]:
         """The jobs of ``run`` that neither its folder nor its record has."""

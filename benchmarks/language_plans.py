@@ -26,8 +26,8 @@ DYADS = {
 }  # fmt: skip
 MONARCHS = {f"monarch{n}": f"monarch:nblocks={n}:order=blocked" for n in (4, 8)}
 CONTENDERS = {
-    "dyad8-all": ("dyad:nblocks=8", "all"), "dyad4-all": ("dyad:nblocks=4", "all"),
-    "monarch8-all": (MONARCHS["monarch8"], "all"), "dyad8-mlp": ("dyad:nblocks=8", "mlp"),
+    "dyad8-all": ("dyad:nblocks=8", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
+    "dyad4-all": ("dyad:nblocks=4", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
 }  # fmt: skip
 
 Records = Sequence[Record]

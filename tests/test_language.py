@@ -1,4 +1,4 @@
-"""Plans of language-model runs, the runner that trains them side by side, and the page of claims made from its records."""
+"""Plans of language-model runs, the runner that trains them side by side, and the claims made from its records."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def script(name: str) -> ModuleType:
 
 plans = script("language_plans")
 language = script("language")
+claims = script("claims")
 
 
 def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
@@ -95,6 +96,32 @@ def test_time_to_loss_follows_from_the_records() -> None:
         plan(2, [])
 
 
+def test_the_page_of_claims_is_that_of_the_records() -> None:
+    page = claims.PAGE.read_text(encoding="utf-8")
+    assert claims.filled(page) == page, "run benchmarks/claims.py"
+
+
+def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    for stage in range(1, 6):
+        runs = {run.name: run for run in plans.PLANS["time768"](stage, found)}
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
+    for run in found:
+        share = float(run["name"].split("-x")[1].split("-lr")[0]) if "-x" in run["name"] else 1.0
+        run["metrics"] |= {"train_seconds": 180 * share, "tokens": 1e8}
+    steps = [record(run, 4.0, 6.6e5 if "dyad4-it" in run.name else 6e5) for run in plans.PLANS["dyad"](1, [])]
+    files = {"language-time768": found, "language-dyad": steps}
+    monkeypatch.setattr(claims, "named", lambda name: {run["name"]: run for run in files.get(name, [])})
+    rows = claims.time_rows()
+    assert "| 768 | dyad8-all, 0.002 | 100M | 0.70 | 3.950 (1 seed) | yes |" in rows
+    assert "| 768 | dense, 0.002 | 100M | 1.00 | 4.000 ± 0.000 (3 seeds) | yes |" in rows
+    assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 1.00") and row.endswith("| no |") for row in rows)
+    assert claims.dyad_steps("opt125m", 1.07)()[1] is True
+    assert claims.dyad_steps("opt125m", 1.11)()[1] is False
+    assert claims.dyad_steps("opt350m", 1.07)()[0].startswith("dyad4-it 1.10, dyad4-ot 1.00")
+    assert claims.monarch_loss() is None
+
+
 def test_what_is_slow_to_come_is_ended_and_the_rest_not_started(tmp_path: Path) -> None:
     run = plans.run("tiny_gpt2", 1, name="one", speed=1e6)
     slow, late = language.Job(run, "train"), language.Job(plans.run("tiny_gpt2", 10**6, name="two"), "train")
@@ -119,7 +146,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_on_the_cpu_leaves_records_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data"
     for part in ("train", "valid"):
         write(data / "text" / f"{part}.jsonl", [{"text": f"{part} {i} it was the best of times"} for i in range(400)])
@@ -129,9 +158,11 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(tmp_path: Path, capsys: py
     write(data / "glue" / "sst2.jsonl", rows)
     out, folder = tmp_path / "smoke.json", tmp_path / "runs"
     options = ["smoke", "--out", str(out), "--folder", str(folder), "--data", str(data), "--gpus", "2"]
-    assert language.main([*options, "--limit", "98"]) == 1, "evaluation is thought not to fit"
-    first = {found["name"]: found for found in records.read(out)}
-    assert set(first) == {"tiny_gpt2-dense", "tiny_gpt2-dyad4"}
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "START", {"train": 10.0, "eval": 1e6, "glue": 1e6})
+        assert language.main([*options, "--limit", "1000"]) == 1, "evaluations are thought not to fit"
+    assert {found["name"] for found in records.read(out)} == {"tiny_gpt2-dense", "tiny_gpt2-dyad4"}
+    assert (folder / "tiny_gpt2-dense" / "model").exists()
     assert language.main([*options, "--limit", "1000"]) == 0
     found = {record["name"]: record for record in records.read(out)}
     dense = found["tiny_gpt2-dense"]
