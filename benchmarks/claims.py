@@ -158,12 +158,12 @@ def monarch_loss() -> Finding:
 def reverse() -> Finding:
     """Reverse sparsification: as good as dense, in half of the time."""
     found = named("language-methods")
-    if not {"dense", "reverse-carry", "reverse-reset"} <= found.keys():
+    if not {"methods-dense", "methods-reverse-carry", "methods-reverse-reset"} <= found.keys():
         return None
-    dense = found["dense"]["metrics"]
+    dense = found["methods-dense"]["metrics"]
     said, good = [], False
     for name in ("reverse-carry", "reverse-reset"):
-        own = found[name]["metrics"]
+        own = found[f"methods-{name}"]["metrics"]
         ratio = (own["train_seconds"] or math.inf) / (dense["train_seconds"] or math.inf)
         gap = (own["valid_loss"] or math.inf) - (dense["valid_loss"] or math.inf)
         said.append(f"{name.removeprefix('reverse-')} {gap:+.3f} nats in {ratio:.2f} of the time")
@@ -174,12 +174,13 @@ def reverse() -> Finding:
 def guided() -> Finding:
     """Self-guided training: part of the gap to dense that it closes."""
     found = named("language-methods")
-    if not {"dense", "monarch4", "self_guided"} <= found.keys():
+    runs = [found.get(f"methods-{name}") for name in ("dense", "monarch4", "self_guided")]
+    if None in runs:
         return None
-    dense, plain, own = (found[n]["metrics"]["valid_loss"] or math.inf for n in ("dense", "monarch4", "self_guided"))
-    times = [found[n]["metrics"]["train_seconds"] or math.inf for n in ("self_guided", "monarch4")]
+    dense, plain, own = (_loss(run) for run in runs if run is not None)
+    times = [_seconds(run) for run in runs if run is not None]
     closed = (plain - own) / (plain - dense)
-    return f"{closed:.0%} of the gap closed, {times[0] / times[1]:.2f} times the time", own < plain
+    return f"{closed:.0%} of the gap closed, {times[2] / times[1]:.2f} times the time", own < plain
 
 
 def rates() -> Finding:

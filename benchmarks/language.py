@@ -1,14 +1,15 @@
 """Language-model runs of a plan, side by side, one process on each GPU, and a small record of each.
 
-    python benchmarks/language.py dyad --stage 1 --data DATA --gpus 4 --limit 560 --out results/language-dyad.json
-    python benchmarks/language.py time768 --stage 3 --dry-run --out results/language-time768.json
+    python benchmarks/language.py dyad:1 monarch:1 --data DATA --gpus 4 --limit 560
+    python benchmarks/language.py time768:3 --dry-run
 
 DATA (or STRUCTLIN_DATA) is a folder with text/train.jsonl, text/valid.jsonl and, if there are, text/text_extra.jsonl,
 blimp/blimp.jsonl, glue/TASK.jsonl and tokenizer/bpe16k.json, each possibly with .xz. The text is tokenised once, before
 the queue. A run is ``structlin train`` in a process of its own, then ``structlin eval`` and ``structlin finetune`` for
-its parts. Nothing starts that is not expected to end within --limit, and what is not done by then is ended. Records
-are written after every part, so the same command goes on with what is missing. Times in records are those of training
-steps; ``total_seconds`` has start, compilation, validation and writing too.
+its parts; of several plans the first comes first, and in it the longest. Nothing starts that is not expected to end
+within --limit, and what is not done by then is ended. Records are written to results/language-PLAN.json after every
+part, so the same command goes on with what is missing. Times in records are those of training steps; ``total_seconds``
+has start, compilation, validation and writing too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +129,8 @@ class Place:
     def missing(self, run: Run, kept: Record | None) -> list[Job]:
         """The jobs of ``run`` that neither its folder nor its record has."""
         wanted = [Job(run, part) for part in ("train", *run.parts)]
-        if (
-            kept is not None
-            and kept["config"].get("given") == dict(run.fields)
-            and (kept["status"] == "failed" or {job.part for job in wanted} <= set(kept["config"]["parts"]))
-        ):
+        names = {job.part for job in wanted}
+        if kept and is_of(kept, run) and (kept["status"] == "failed" or names <= set(kept["config"]["parts"])):
             return []
         here = self.folder / run.name
         done = [job for job in wanted if (here / job.result).exists()]
@@ -145,7 +145,7 @@ class Place:
             return None
         (found,) = store.read(here / "record.json")
         done = [job for job in (Job(run, part) for part in ("train", *run.parts)) if (here / job.result).exists()]
-        times = json.loads((here / "times.json").read_bytes()) if (here / "times.json").exists() else {}
+        times = self.times(run)
         metrics = dict(found["metrics"]) | {"total_seconds": times.get("train")}
         for job in done[1:]:
             for part in store.read(here / job.result):
@@ -156,6 +156,17 @@ class Place:
         config |= {"plan": plan, "recipe": run.recipe, "given": dict(run.fields), "parts": [job.part for job in done]}
         series = {name: thinned(values) for name, values in found.get("series", {}).items()}
         return {**found, "command": command, "config": config, "metrics": metrics, "series": series}
+
+    def times(self, run: Run) -> dict[str, float]:
+        """Part -> seconds that it took, start and all."""
+        path = self.folder / run.name / "times.json"
+        found: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
+        return found
+
+    def note(self, job: Job, seconds: float) -> None:
+        """Keep what `times` reads."""
+        values = {**self.times(job.run), job.part: seconds}
+        store.write_bytes(self.folder / job.run.name / "times.json", json.dumps(values).encode())
 
     def tidy(self, run: Run) -> None:
         """Remove what no part needs any more; weights take gigabytes."""
@@ -176,12 +187,12 @@ def _is_kept(name: str) -> bool:
     return not name.startswith("term/") and not (name.startswith(("paradigm/", "field/")) and name.endswith("_stderr"))
 
 
-def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Any) -> list[Job]:
-    """Run ``jobs`` on ``gpus`` devices until all are done or ``limit``, a time of the clock; those that are not done.
+def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Callable[[Job, float], None]) -> list[Job]:
+    """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
     ``report(job, seconds)`` is called after each that ended by itself, whatever came out.
     """
-    waiting = sorted(jobs, key=lambda job: (job.run.priority, job.part != "train", -job.seconds))
+    waiting = list(jobs)
     active: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     try:
         while True:
@@ -203,11 +214,12 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Any
                     report(job, time.monotonic() - begun)
     finally:
         for _, process, _ in active.values():
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself just now
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def show(runs: Sequence[Run], jobs: Sequence[Job], gpus: int) -> str:
+def show(jobs: Sequence[Job], gpus: int) -> str:
     """What would run, and what it costs."""
     lines = [f"{'run':34} {'part':10} {'steps':>6} {'M tokens':>8} {'GPU s':>6}"]
     for job in jobs:
@@ -216,60 +228,95 @@ def show(runs: Sequence[Run], jobs: Sequence[Job], gpus: int) -> str:
         lines.append(f"{job.run.name:34} {job.part:10} {sizes} {job.seconds:>6.0f}")
     total = sum(job.seconds for job in jobs)
     longest = max((job.seconds for job in jobs), default=0.0)
-    lines.append(f"{len(jobs)} jobs of {len(runs)} runs, {total:.0f} GPU seconds, at least "
-                 f"{max(longest, total / gpus):.0f} s on {gpus} GPUs")  # fmt: skip
-    return "\n".join(lines)
+    least = max(longest, total / gpus)
+    return "\n".join([*lines, f"{len(jobs)} jobs, {total:.0f} GPU seconds, at least {least:.0f} s on {gpus} GPUs"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stage of a plan; 0 when all of it is in the records, 1 when something is left, 2 for bad options."""
+    """Run stages of plans; 0 when all of them are in the records, 1 when something is left, 2 for bad options."""
     options = parse(arguments)
     begun = time.monotonic()
     out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
-    kept = {record["name"]: record for record in store.read(out)} if out.exists() else {}
     place = Place(folder, Path(data) if data else None)
     try:
-        if not 1 <= options.stage <= STAGES[options.plan]:
-            raise ValueError(f"--stage: {options.stage} is given; allowed: 1 to {STAGES[options.plan]}")
-        runs = PLANS[options.plan](options.stage, list(kept.values()))
-        for run in runs:
+        stages = [_stage(text) for text in options.plans]
+        books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
+        plan_of = {}
+        for plan, stage in stages:
+            plan_of |= {
+                run: plan
+                for run in PLANS[plan](stage, list(books[plan].kept.values()))
+                if _is_chosen(run, options.only)
+            }
+        for run in plan_of:
             override(recipes.find(run.recipe), {name: str(value) for name, value in run.fields.items()})
-        jobs = [job for run in runs for job in place.missing(run, kept.get(run.name))]
+        jobs = [job for run, plan in plan_of.items() for job in place.missing(run, books[plan].kept.get(run.name))]
+        order = list(books)
+        jobs.sort(key=lambda job: (order.index(plan_of[job.run]), job.run.priority, job.part != "train", -job.seconds))
         if options.dry_run:
-            print(show(runs, jobs, options.gpus))
+            print(show(jobs, options.gpus))
             return 0
         if not data:
             raise ValueError("--data is not given; allowed: a folder, here or in STRUCTLIN_DATA")
-        prepared = prepare(override(recipes.find(runs[0].recipe), place.fields() | {"context": "8"}))
+        if not plan_of:
+            raise ValueError(f"--only: {' '.join(options.only)} is given; allowed: globs that match names of --dry-run")
+        prepared = prepare(override(recipes.find(next(iter(plan_of)).recipe), place.fields() | {"context": "8"}))
     except ValueError as error:
         print(f"language.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{len(prepared.train):,} tokens to train on, ready after {time.monotonic() - begun:.0f} s", flush=True)
-    name = f"--stage {options.stage} --gpus {options.gpus} --out results/{out.name}"
-    command = f"python benchmarks/language.py {options.plan} {name}"
-
-    def report(job: Job, seconds: float) -> None:
-        here = folder / job.run.name
-        times = json.loads((here / "times.json").read_bytes()) if (here / "times.json").exists() else {}
-        store.write_bytes(here / "times.json", json.dumps({**times, job.part: seconds}).encode())
-        if (here / job.result).exists():
-            place.tidy(job.run)
-            save(job.run)
-        print(f"{job.run.name} {job.part}: {seconds:.0f} s; {said(here, job, kept.get(job.run.name))}", flush=True)
+    command = f"python benchmarks/language.py {' '.join(options.plans)} --gpus {options.gpus}"
 
     def save(run: Run) -> None:
-        if (record := place.record(run, options.plan, command)) is not None:
-            kept[run.name] = record
-            out.parent.mkdir(parents=True, exist_ok=True)
-            store.write(out, list(kept.values()))
+        if (record := place.record(run, plan_of[run], command)) is not None:
+            books[plan_of[run]].put(record)
 
-    for run in runs:  # what an earlier call left without a record
-        if run.name not in kept or kept[run.name]["config"].get("given") != dict(run.fields):
+    def report(job: Job, seconds: float) -> None:
+        place.note(job, seconds)
+        if (folder / job.run.name / job.result).exists():
+            place.tidy(job.run)
+            save(job.run)
+        record = books[plan_of[job.run]].kept.get(job.run.name)
+        print(f"{job.run.name} {job.part}: {seconds:.0f} s; {said(folder / job.run.name, job, record)}", flush=True)
+
+    for run, plan in plan_of.items():  # what an earlier call left without a record
+        if not is_of(books[plan].kept.get(run.name), run):
             save(run)
     left = work(jobs, place, options.gpus, begun + options.limit, report)
     print(f"{len(left)} of {len(jobs)} jobs left after {time.monotonic() - begun:.0f} s: "
           + ", ".join(f"{job.run.name} {job.part}" for job in left), flush=True)  # fmt: skip
     return 1 if left else 0
+
+
+class Book:
+    """The records of a plan, in a file that is written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept = {record["name"]: record for record in store.read(path)} if path.exists() else {}
+
+    def put(self, record: Record) -> None:
+        """Add ``record``, or replace the one of its name."""
+        self.kept[record["name"]] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        store.write(self.path, list(self.kept.values()))
+
+
+def is_of(record: Record | None, run: Run) -> bool:
+    """Whether ``record`` is of ``run`` with the options that it has now."""
+    return record is not None and record["config"].get("given") == dict(run.fields)
+
+
+def _stage(text: str) -> tuple[str, int]:
+    plan, _, stage = text.partition(":")
+    if plan not in PLANS or not (stage or "1").isdecimal() or not 1 <= int(stage or 1) <= STAGES[plan]:
+        allowed = ", ".join(f"{name}:1" + (f" to {count}" if count > 1 else "") for name, count in STAGES.items())
+        raise ValueError(f"PLAN[:STAGE]: {text} is given; allowed: {allowed}")
+    return plan, int(stage or 1)
+
+
+def _is_chosen(run: Run, globs: Sequence[str]) -> bool:
+    return not globs or any(fnmatchcase(run.name, glob) for glob in globs)
 
 
 def said(here: Path, job: Job, record: Mapping[str, Any] | None) -> str:
@@ -288,9 +335,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("plan", choices=list(PLANS))
-    add("--stage", type=int, default=1, help="of the plan, from 1; a later one follows from the records in --out")
-    add("--out", required=True, help="JSON file of records, added to")
+    add("plans", nargs="+", metavar="PLAN[:STAGE]", help=f"of {', '.join(PLANS)}; a later stage follows from records")
+    add("--only", nargs="+", default=[], metavar="GLOB", help="runs whose names match")
+    add("--out", default="results", help="folder of records, language-PLAN.json, added to")
     add("--folder", default="runs/language", help="for runs, tokens and compiled code")
     add("--data", help="folder of texts; default: STRUCTLIN_DATA")
     add("--gpus", type=int, default=1, help="processes side by side, each on a GPU of its own")

@@ -33,7 +33,7 @@ CONTENDERS = {
 Records = Sequence[Record]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run: its name, recipe and changed fields, what is evaluated after it, and how fast it is thought to be.
 
@@ -149,12 +149,23 @@ def methods(stage: int, records: Records) -> list[Run]:
     """Reverse sparsification and self-guided training of GPT-2 small beside dense and plain structured, 30M tokens."""
     steps, spec = round(30e6 / STEP), MONARCHS["monarch4"]
     common = {"layers": "all", "lr": 1e-3}
-    plan = [run("gpt2_small", steps, name="dense", **common), run("gpt2_small", steps, spec, name="monarch4", **common)]
+    plan = [
+        run("gpt2_small", steps, name="methods-dense", **common),
+        run("gpt2_small", steps, spec, name="methods-monarch4", **common),
+    ]
     plan += [
-        run("gpt2_small", steps, spec, method="sparsify_reverse", moments=moments, name=f"reverse-{moments}", **common)
+        run(
+            "gpt2_small",
+            steps,
+            spec,
+            method="sparsify_reverse",
+            moments=moments,
+            name=f"methods-reverse-{moments}",
+            **common,
+        )
         for moments in ("carry", "reset")
     ]
-    plan.append(run("gpt2_small", steps, spec, method="self_guided", name="self_guided", **common))
+    plan.append(run("gpt2_small", steps, spec, method="self_guided", name="methods-self_guided", **common))
     return plan
 
 

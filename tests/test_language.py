@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -156,8 +157,8 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
     write(data / "blimp" / "blimp.jsonl", [{**pair, "linguistics_term": "order"}] * 4)
     rows = [{"sentence": f"good {i}", "label": i % 2, "split": part} for part in ("train", "dev") for i in range(8)]
     write(data / "glue" / "sst2.jsonl", rows)
-    out, folder = tmp_path / "smoke.json", tmp_path / "runs"
-    options = ["smoke", "--out", str(out), "--folder", str(folder), "--data", str(data), "--gpus", "2"]
+    out, folder = tmp_path / "language-smoke.json", tmp_path / "runs"
+    options = ["smoke", "--out", str(tmp_path), "--folder", str(folder), "--data", str(data), "--gpus", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(language, "START", {"train": 10.0, "eval": 1e6, "glue": 1e6})
         assert language.main([*options, "--limit", "1000"]) == 1, "evaluations are thought not to fit"
@@ -173,3 +174,20 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
     capsys.readouterr()
     assert language.main([*options, "--dry-run"]) == 0
     assert "0 jobs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["time768:6"], "time768:6 is given; allowed: dyad:1 to 2, monarch:1 to 2, time768:1 to 5"),
+        (["time768:2"], "w768-dense-speed, which is not in the records"),
+        (["dyad", "--only", "none-*"], "none-\\* is given; allowed: globs"),
+        (["smoke"], "--data: .*nowhere is given; allowed: a folder with text/train.jsonl"),
+    ],
+)
+def test_what_cannot_run_is_said(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert language.main([*options, "--out", str(tmp_path), "--data", str(tmp_path / "nowhere")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())

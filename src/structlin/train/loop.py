@@ -106,6 +106,8 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
     Raises:
         ValueError: for a folder without a finished run.
     """
+    from .. import hf  # noqa: F401, structures fit the layers of GPT-2 from here on
+
     folder = Path(folder)
     try:
         run = json.loads((folder / RUN).read_bytes())

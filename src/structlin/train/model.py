@@ -184,8 +184,6 @@ def portable(model: nn.Module) -> nn.Module:
     """
     from transformers.pytorch_utils import Conv1D
 
-    from .. import hf  # noqa: F401, structures fit a Conv1D from here on
-
     blocks: Any = model.get_submodule(BLOCKS["gpt2"]) if model.config.model_type == "gpt2" else nn.Module()  # type: ignore[union-attr]
     for name, module in list(blocks.named_modules()):
         if type(module) is nn.Linear:
