@@ -217,9 +217,9 @@ def test_flops_are_counted_by_plans() -> None:
 def check_that_transformers_builds_it(run: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    ours, tokenizer, _ = loop.load(run)  # imports structlin.hf, without which no structure fits a Conv1D
     config = AutoConfig.from_pretrained(run / "model")
     built = load(AutoModelForCausalLM.from_config(config, dtype=torch.float32), run / "model").eval()
-    ours, tokenizer, _ = loop.load(run)
     windows = torch.arange(40)[None]
     assert torch.equal(built(windows).logits, ours(windows).logits)
     assert built.config._attn_implementation == ours.config._attn_implementation == "sdpa"
