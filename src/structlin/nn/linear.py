@@ -48,8 +48,9 @@ class StructuredLinear(nn.Module):
             see `structlin.nn.init`.
         zero_last: whether the last factor of each term and the bias start at zero, for the output of a residual branch.
         recompute: whether the backward pass computes the layer's intermediates again instead of keeping them, which
-            saves memory and costs about a sixth more time. May be set at any time. Backends "bmm", "triton"
-            and "joined", also where "auto" takes them.
+            saves memory and costs about a sixth more time. Under ``torch.compile`` a norm, an activation or a cast
+            before the layer is computed again too. May be set at any time. Backends "bmm", "triton" and "joined",
+            also where "auto" takes them.
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 

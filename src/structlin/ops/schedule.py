@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 
 import torch
@@ -171,6 +171,15 @@ def saved_widths(text: str, kernels: Kernels) -> list[int]:
         saved = chain.stages if moved else chain.stages[1:]
         widths += [prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved]
     return widths
+
+
+@cache
+def gradient_widths(text: str) -> list[int]:
+    """Elements per token of the gradient of each term's first product; 0 where it is that of the result itself."""
+    what = program(text)
+    same = [len(chain.stages) == 1 and chain.relayout is None and chain.collect is None for chain in what.chains]
+    ends = [parse(chain.stages[0].equation)[2][1:] for chain in what.chains]
+    return [0 if own else prod(what.sizes[axis] for axis in end) for own, end in zip(same, ends, strict=True)]
 
 
 def _chain(chain: Chain, sizes: dict[str, int], kernels: Kernels) -> Steps:
