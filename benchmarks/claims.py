@@ -251,7 +251,7 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
 def time_rows() -> list[str]:
     """Time to dense's loss: all schedules tried, each in full, by width and structure."""
     rows = []
-    for width in (768, 1024):
+    for width in (768, 1024, 2048):
         found = [r for r in named(f"language-time{width}").values() if "-x" in r["name"]]
         dense = [r for r in found if f"w{width}-dense-x1-" in r["name"]]
         if not dense:

@@ -22,12 +22,13 @@ SPEEDS = {"opt125m": 645e3, "pythia160m": 600e3, "gpt2_small": 645e3, "opt350m":
 """Tokens a second of dense training on one H200, to plan with."""
 DYADS = {
     "dyad4-it": "dyad:nblocks=4", "dyad4-ot": "dyad:nblocks=4:variant=ot", "dyad4-dt": "dyad:nblocks=4:variant=dt",
-    "dyad8-it": "dyad:nblocks=8",
+    "dyad8-it": "dyad:nblocks=8", "dyad4-narrow": "dyad:nblocks=4:variant=narrow",
+    "dyad8-narrow": "dyad:nblocks=8:variant=narrow",
 }  # fmt: skip
 MONARCHS = {f"monarch{n}": f"monarch:nblocks={n}:order=blocked" for n in (4, 8)}
 CONTENDERS = {
-    "dyad8-all": ("dyad:nblocks=8", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
-    "dyad4-all": ("dyad:nblocks=4", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
+    "dyad8-all": ("dyad:nblocks=8:variant=narrow", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
+    "dyad4-all": ("dyad:nblocks=4:variant=narrow", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
 }  # fmt: skip
 
 Records = Sequence[Record]
@@ -169,33 +170,39 @@ def methods(stage: int, records: Records) -> list[Run]:
     return plan
 
 
-def time_to_loss(width: int) -> Callable[[int, Records], list[Run]]:
-    """Wall-clock to dense's final loss, GPT-2 of 12 blocks.
+def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
+    """Wall-clock to dense's final loss, GPT-2 blocks.
 
-    1. speeds: 60 updates of dense and of each contender.
-    2. dense for 180 seconds, or 100M tokens where that is longer, at four learning rates.
-    3. contenders at 0.7 of that time, at dense's best rate, half and twice.
-    4. each contender at its best rate, for a shorter time if it had reached dense's loss (0.5 and 0.6 of dense's) and
-       a longer one if not (0.85 and 1); dense once more on each side of its best rate, a factor of 1.4 away.
-    5. two more seeds of dense, and of the two contenders that got there in the least time or came nearest.
+    1. A sweep: dense and each contender over 20M tokens at three learning rates.
+    2. At its own best rate, dense with three seeds for 180 seconds, or for 100M tokens where that is longer, and each
+       contender for 0.7 of that time.
+    3. Contenders for a shorter time if they had reached dense's mean loss (0.5 and 0.6 of dense's) and a longer one if
+       not (0.85 and 1).
+    4. Two more seeds of the two contenders that got there in the least time or came nearest, and dense once more on
+       each side of its rate, a factor of 1.4 away.
 
-    A budget in seconds is turned into updates by the speed that stage 1 measured for that structure and width.
+    A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
     """
-    sizes = {"width": width, "heads": width // 64, "mlp_width": 4 * width}
+    sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
     names = {"dense": ("dense", "mlp"), **CONTENDERS}
-    thought = SPEEDS["gpt2_small"] * (768 / width) ** 1.5
+    thought = SPEEDS["gpt2_small"] * 98e6 / (12 * depth * width**2 + 16384 * width)
+    rates = [float(f"{1.536 / width * factor:.2g}") for factor in (1.0, 0.5, 2.0)]
 
-    def budget(records: Records, name: str, share: float, lr: float, seed: int = 0, priority: int = 0) -> Run:
-        own, dense = (speed(found(records, f"w{width}-{which}-speed")) for which in (name, "dense"))
-        seconds = share * max(180.0, 100e6 / dense)
+    def swept(records: Records, name: str) -> Record:
+        title = f"w{width}-{name}-sweep-"
+        done = [r for r in records if r["name"].startswith(title)]
+        return best(done) if done else found(records, title + f"lr{rates[0]:g}")
+
+    def budget(records: Records, name: str, share: float, seed: int = 0, factor: float = 1.0, priority: int = 0) -> Run:
+        own, dense = swept(records, name), speed(swept(records, "dense"))
         spec, layers = names[name]
+        lr, seconds = own["config"]["lr"] * factor, share * max(180.0, 100e6 / dense)
         title = f"w{width}-{name}-x{share:g}-lr{lr:.3g}-s{seed}"
-        return run("gpt2_small", math.ceil(seconds * own / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
-                   name=title, speed=own, priority=priority)  # fmt: skip
+        return run("gpt2_small", math.ceil(seconds * speed(own) / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
+                   name=title, speed=speed(own), priority=priority)  # fmt: skip
 
-    def of(records: Records, name: str, seed: int = 0) -> list[Record]:
-        suffix = f"-s{seed}"
-        return [r for r in records if r["name"].startswith(f"w{width}-{name}-x") and r["name"].endswith(suffix)]
+    def of(records: Records, name: str) -> list[Record]:
+        return [r for r in records if r["name"].startswith(f"w{width}-{name}-x")]
 
     def share(record: Record) -> float:
         return float(record["name"].split("-x")[1].split("-lr")[0])
@@ -203,39 +210,32 @@ def time_to_loss(width: int) -> Callable[[int, Records], list[Run]]:
     def plan(stage: int, records: Records) -> list[Run]:
         if stage == 1:
             return [
-                run("gpt2_small", 60, spec, layers=layers, lr=1e-3, **sizes, name=f"w{width}-{name}-speed",
-                    speed=thought, priority=rank)
+                run("gpt2_small", math.ceil(20e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
+                    name=f"w{width}-{name}-sweep-lr{lr:g}", priority=rank)
                 for rank, (name, (spec, layers)) in enumerate(names.items())
+                for lr in rates
             ]  # fmt: skip
+        tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
         if stage == 2:
-            return [budget(records, "dense", 1.0, lr) for lr in (1e-3, 2e-3, 5e-4, 4e-3)]
-        dense = best(of(records, "dense")) if of(records, "dense") else found(records, f"w{width}-dense-x1")
-        lr = dense["config"]["lr"]
-        tried = {name: of(records, name) for name in CONTENDERS if of(records, name)}
+            runs = [budget(records, "dense", 1.0, seed, priority=seed) for seed in (0, 1, 2)]
+            return runs + [budget(records, name, 0.7) for name in tried]
+        wanted = mean(loss(r) for r in of(records, "dense") or [found(records, f"w{width}-dense-x1")])
         if stage == 3:
-            ranked = enumerate(CONTENDERS)
-            return [
-                budget(records, name, 0.7, lr * factor, priority=rank + 10 * (factor != 1))
-                for rank, name in ranked
-                for factor in (1.0, 0.5, 2.0)
-            ]
-        if stage == 4:
-            runs = [budget(records, "dense", 1.0, lr * factor, priority=1) for factor in (2**-0.5, 2**0.5)]
-            for name, done in tried.items():
-                top = best(r for r in done if share(r) == 0.7)
-                shares = (0.5, 0.6) if loss(top) <= loss(dense) else (0.85, 1.0)
-                runs += [budget(records, name, each, top["config"]["lr"], priority=0) for each in shares]
+            runs = []
+            for name in tried:
+                reached = [share(r) for r in of(records, name) if loss(r) <= wanted]
+                runs += [budget(records, name, each) for each in ((0.5, 0.6) if reached else (0.85, 1.0))]
             return runs
 
         def reach(name: str) -> tuple[float, float]:
-            reached = [share(r) for r in tried[name] if loss(r) <= loss(dense)]
-            return (min(reached, default=math.inf), loss(best(tried[name])))
+            reached = [share(r) for r in of(records, name) if loss(r) <= wanted]
+            return min(reached, default=math.inf), loss(best(of(records, name)))
 
-        runs = [budget(records, "dense", 1.0, lr, seed) for seed in (1, 2)]
+        runs = [budget(records, "dense", 1.0, factor=factor, priority=1) for factor in (2**-0.5, 2**0.5)]
         for name in sorted(tried, key=reach)[:2]:
-            got = [r for r in tried[name] if share(r) == reach(name)[0]] or tried[name]
-            top = best(got)
-            runs += [budget(records, name, share(top), top["config"]["lr"], seed) for seed in (1, 2)]
+            least = reach(name)[0]
+            last = share(best(of(records, name))) if least == math.inf else least
+            runs += [budget(records, name, last, seed) for seed in (1, 2)]
         return runs
 
     return plan
@@ -251,10 +251,10 @@ def smoke(stage: int, records: Records) -> list[Run]:
 
 
 PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
-    "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768), "time1024": time_to_loss(1024),
-    "methods": methods, "smoke": smoke,
+    "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12),
+    "time2048": time_to_loss(2048, 4),     "methods": methods, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 2, "monarch": 2, "time768": 5, "time1024": 5, "methods": 1, "smoke": 1}
+STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

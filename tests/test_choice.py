@@ -230,7 +230,7 @@ def test_tracing_takes_the_rule_and_never_times(dynamic, no_clock, monkeypatch):
         calls: list[str] = []
 
         def look(graph, _, calls=calls):
-            calls.extend(str(node) for node in graph.graph.nodes if node.op == "call_function")
+            calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
             return graph.forward
 
         torch._dynamo.reset()
