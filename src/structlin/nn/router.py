@@ -153,10 +153,13 @@ def routing_loss(model: nn.Module, balance: float = 0.01, z: float = 0.001) -> T
         balance: coefficient of the first part.
         z: coefficient of the second.
 
+    Taking the losses lets go of the graph behind them: the routers keep values only, and what the backward pass of one
+    step leaves is not held until the next, in which a CUDA graph may be captured on another stream.
+
     Raises:
         ValueError: for a model without routers or with one that did not run; with gradients enabled also where a router
             in training ran without them, as under ``checkpoint(..., use_reentrant=True)``: use_reentrant=False keeps
-            them.
+            them; and for the second call with gradients after one forward pass.
     """
     losses = []
     for name, router in _routers(model).items():
@@ -164,13 +167,18 @@ def routing_loss(model: nn.Module, balance: float = 0.01, z: float = 0.001) -> T
         logits, routes = router.last.logits, router.last.routes
         lost = router.training and router.weight.requires_grad and not logits.requires_grad
         if lost and torch.is_grad_enabled():
-            raise ValueError(f"{name} ran without gradients; where that was a checkpoint, pass use_reentrant=False")
+            raise ValueError(
+                f"{name} ran without gradients, or its losses were taken already; call this once after each forward "
+                "pass, and where that was a checkpoint, pass use_reentrant=False"
+            )
         tokens = max(logits.shape[0], 1)
         loss = z * logits.logsumexp(1).square().sum() / tokens
         if router.balance == "loss":
             share = _counts(routes).to(logits.dtype) / (tokens * router.top_k)
             loss = loss + balance * router.experts * (logits.softmax(1).sum(0) / tokens * share).sum()
         losses.append(loss)
+        if torch.is_grad_enabled():
+            router.last = Routing(logits.detach(), router.last.gate.detach(), routes)
     return torch.stack(losses).mean()
 
 
