@@ -50,17 +50,11 @@ class AllExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (c, a, f, experts), e = self.first.shape, self.second.shape[-1]
-        _, gate, routes = self.router(x)
-        chosen = torch.empty_like(routes.choice).scatter_(0, routes.choice, owner(routes.ends, routes.choice))
-        gates = x.new_zeros(x.shape[0], experts).scatter(1, chosen.view(gate.shape), gate.to(x.dtype))
+        _, gate, chosen, _ = self.router(x)
+        gates = x.new_zeros(x.shape[0], experts).scatter(1, chosen, gate.to(x.dtype))
         z = torch.bmm(x.view(-1, c, a).transpose(0, 1), self.first.flatten(2)).view(c, -1, f, experts)
         z = (z * gates[:, None, :]).permute(2, 1, 0, 3).flatten(2)
         return torch.bmm(z, self.second.view(f, c * experts, e)).transpose(0, 1).flatten(1)
-
-
-def owner(ends: Tensor, rows: Tensor) -> Tensor:
-    """The expert of every row, in the order of the rows."""
-    return torch.searchsorted(ends, torch.arange(rows.shape[0], device=ends.device, dtype=torch.int32), right=True)
 
 
 class OnTokens(nn.Module):
