@@ -1,7 +1,7 @@
 """Two steps of a mixture over tiles of tokens that chose the same experts: each token is read once and written once.
 
-The chain of an expert is ``[t, c, a] x [c, f, a] -> [t, c, f]``, then ``[t, c, f] x [f, o, c] -> [t, f, o]``, as that of
-a BTT matrix of two cores. A tile has the same experts in all rows, so the first step is one product with the columns of
+The chain of an expert is ``[t, c, a] x [c, f, a] -> [t, c, f]``, then ``[t, c, f] x [f, o, c] -> [t, f, o]``, as for a
+BTT matrix of two cores. A tile has the same experts in all rows, so the first step is one product with the columns of
 all of them, and the second adds them up under their gates before anything is stored. What lies between is stored with
 the places of the tokens innermost, so that every feature is a row of whole tiles and the order of features is free.
 Input and output are read and written by token: no sorted copy of either exists. Sums over tokens are taken by unit and

@@ -205,9 +205,8 @@ def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     def flops(x: Sequence[int], first: Sequence[int], second: Sequence[int], gate: Sequence[int], *_: Any) -> int:
-        _, c, f, a = first
-        o = second[2]
-        return 2 * x[0] * gate[1] * c * f * (a + o)
+        c, f, a = first[1:]
+        return 2 * x[0] * gate[1] * c * f * (a + second[2])
 
     register_flop_formula(torch.ops.structlin.mixture)(lambda *given, **_: flops(*given))
     register_flop_formula(torch.ops.structlin.mixture_backward)(lambda _dy, *given, **_: 2 * flops(*given))

@@ -1,9 +1,9 @@
 """A chain of contractions in which every token visits the experts that its router chose, and no others.
 
 Where kernels of ours fit, `ops/mixture.py` runs it. Elsewhere tokens are copied to rows sorted by expert, each step is
-one grouped GEMM over those rows, and the rows of a token are added up again. Both moves are a gather in either direction,
-so nothing is added by atomic operations and every result is the same bits each time. Nothing is read back from the
-device.
+one grouped GEMM over those rows, and the rows of a token are added up again. Both moves are a gather in either
+direction, so nothing is added by atomic operations and every result is the same bits each time. Nothing is read back
+from the device.
 """
 
 from __future__ import annotations
