@@ -6,9 +6,10 @@ Layers: BTT-MoE of 8 experts, 2 for each token, beside nn.Linear and beside the 
 and multiplied by a gate of zeros, as the published code does. Blocks: a decoder block with BTT-MoE in every linear
 layer, beside a dense one and one whose MLP is the standard mixture with the active parameters of the dense MLP. The
 time is that of forward and backward, with the losses of the routers, replayed as a CUDA graph; the mixture runs as it
-is and under torch.compile. Routers are random, so that all experts have work. Nothing is timed before the mixture
-agrees with the one that computes all experts. Each problem runs in a process of its own, and again without a contender
-that fails, whose failure the record names; the file is written after each problem. Needs a CUDA device.
+is, under torch.compile, and with tokens sorted by expert alone. Routers are random, so that all experts have work.
+Nothing is timed before the mixture agrees with the one that computes all experts. Each problem runs in a process of its
+own, and again without a contender that fails, whose failure the record names; the file is written after each problem.
+Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from structlin.bench.timing import Clock, capture, take_turns
 from structlin.machine import provenance
 from structlin.models.gpt import Block, GPTConfig, angles
 from structlin.nn import MoEFFN, RoutedLinear, Router, routing_load, routing_loss
+from structlin.ops import mixture
 from structlin.report import records
 from structlin.testing import error
 
@@ -55,6 +58,19 @@ class AllExperts(nn.Module):
         z = torch.bmm(x.view(-1, c, a).transpose(0, 1), self.first.flatten(2)).view(c, -1, f, experts)
         z = (z * gates[:, None, :]).permute(2, 1, 0, 3).flatten(2)
         return torch.bmm(z, self.second.view(f, c * experts, e)).transpose(0, 1).flatten(1)
+
+
+class ByExpert(nn.Module):
+    """The layer with its tokens sorted by expert, where it would sort them by set."""
+
+    def __init__(self, routed: RoutedLinear) -> None:
+        super().__init__()
+        self.routed = routed
+
+    def forward(self, x: Tensor) -> Tensor:
+        with mock.patch.object(mixture, "few_sets", return_value=False):
+            y: Tensor = self.routed(x)
+        return y
 
 
 class OnTokens(nn.Module):
@@ -142,11 +158,12 @@ def layer(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records
     x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE)
     dy = torch.randn(tokens, out_features, device=DEVICE, dtype=DTYPE)
     with torch.no_grad():
-        off = error(routed(x), every(x))
+        off = max(error(way(x), every(x)) for way in (routed, ByExpert(routed)))
     if not off < 0.02:
         raise ValueError(f"{in_features}->{out_features}: the mixture is {off:.3g} off the one of all experts")
     modules = {"dense": dense, "all_experts": every, "all_experts_compiled": every}
-    times = measure(modules | {"routed": routed, "routed_compiled": routed}, x, dy, wrong)
+    modules |= {"routed": routed, "routed_compiled": routed, "routed_by_expert": ByExpert(routed)}
+    times = measure(modules, x, dy, wrong)
     load = next(iter(routing_load(routed).values())).load
     config = {"spec": str(spec), "shape": [out_features, in_features], "tokens": tokens, "dtype": str(DTYPE)}
     metrics = relative(times, {"dense": "dense", "all_experts": "all_experts"})
