@@ -40,7 +40,7 @@ def _on(device: torch.device, dtype: torch.dtype) -> bool:
 def by_sets(x: Tensor, experts: int, top_k: int, digits: Sequence[Digits | None]) -> bool:
     """Whether `mixture` runs all chains of these ``digits`` on the tokens ``x``: in half precision on Hopper, where
     there are few sets of experts for so many tokens."""
-    if not _on(x.device, autocast_dtype(x)) or seen_through() or not few_sets(x.shape[0], experts, top_k):
+    if seen_through() or not _on(x.device, autocast_dtype(x)) or not few_sets(x.shape[0], experts, top_k):
         return False
     return all(chain is not None and fits(chain, top_k) for chain in digits)
 
