@@ -187,8 +187,8 @@ def check_mixture_layer(device):
     if device == "cpu":
         mixture._on = lambda *_: True
     poison()
-    layer = make(sl.btt_moe(2, 1, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
-    x = torch.randn(260, 256, device=device, requires_grad=True)
+    layer = make(sl.btt_moe(2, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
+    x = torch.randn(130, 256, device=device, requires_grad=True)
     wanted = [x, *layer.parameters()]
 
     def gradients(y, **more):

@@ -107,6 +107,7 @@ def _differentiable_backward(
 ) -> Iterator[Tensor | None]:
     from .routed import by_rows  # which this is the fast way of
 
+    tensors = [tensor.view_as(tensor) for tensor in tensors]  # the gate is made of the input, which is no matter here
     x, first, second, gate = tensors
     (experts, c, f, a), o = first.shape, second.shape[2]
     y = by_rows(x, [first, second], gate, chosen, experts, (c, a, f, o))
