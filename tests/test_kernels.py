@@ -109,17 +109,18 @@ CHOICES = [
 ]
 
 
-def poison():
-    """Memory that nothing wrote is NaN, or a number far out of range."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+def poison(device):
+    """Memory that nothing wrote is NaN, or a number far out of range: on the interpreter, which has its own process."""
+    if device == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
 
 
 def check_sets(device):
     from structlin.kernels.sets import group
     from structlin.kernels.tiles import TILE
 
-    poison()
+    poison(device)
     for kind, tokens, experts, top_k in CHOICES:
         chosen = draw_choices(kind, tokens, experts, top_k, device)
         sets = group(chosen, experts)
@@ -147,7 +148,7 @@ def check_mixture(device):
     from structlin.kernels.routed import backward, forward
     from structlin.kernels.sets import group
 
-    poison()
+    poison(device)
     digits = [(16, 16, 16, 24), (16, 16, 24, 16), (16, 24, 16, 16)]
     for (kind, tokens, experts, top_k), (c, a, f, o) in zip(CHOICES, digits, strict=False):
         tokens = 140 if kind == "all tokens to one set" else 70  # the interpreter is slow
@@ -186,7 +187,7 @@ def check_mixture_layer(device):
 
     if device == "cpu":
         mixture._on = lambda *_: True
-    poison()
+    poison(device)
     layer = make(sl.btt_moe(2, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
     x = torch.randn(130, 256, device=device, requires_grad=True)
     wanted = [x, *layer.parameters()]
