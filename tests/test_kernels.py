@@ -113,6 +113,124 @@ def check_blocks(device):
             assert_as_accurate(ours, plain(x, dy, w), plain(x.double(), dy.double(), w.double()))
 
 
+def draw_choices(kind, tokens, experts, top_k, device):
+    logits = torch.randn(tokens, experts, device=device)
+    logits[:, 0] -= 100.0 * (kind == "an expert without a token")
+    logits[:, :top_k] += 100.0 * (kind == "all tokens to one set")
+    return logits.topk(top_k).indices
+
+
+CHOICES = [
+    ("any", 150, 3, 2),
+    ("all tokens to one set", 1100, 4, 2),
+    ("an expert without a token", 70, 4, 3),
+    ("any", 1, 3, 1),
+]
+
+
+def poison(device):
+    """Memory that nothing wrote is NaN, or a number far out of range: on the interpreter, which has its own process."""
+    if device == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
+
+
+def check_sets(device):
+    from structlin.kernels.sets import group
+    from structlin.kernels.tiles import TILE
+
+    poison(device)
+    for kind, tokens, experts, top_k in CHOICES:
+        chosen = draw_choices(kind, tokens, experts, top_k, device)
+        sets = group(chosen, experts)
+        slots = chosen.sort(1).values.cpu()
+        token, owner = sets.token.cpu(), sets.tile.cpu().repeat_interleave(TILE, 0)
+        held = (token < tokens).nonzero()[:, 0]
+        assert sorted(token[held].tolist()) == list(range(tokens))
+        assert torch.equal(owner[held], slots[token[held].long()].int())
+        assert (owner[:, 0] >= 0).view(-1, TILE).any(1).sum() == (token < tokens).view(-1, TILE).any(1).sum()
+        for first, tiles, unit in zip(sets.first.tolist(), sets.tiles.tolist(), sets.unit.tolist(), strict=True):
+            assert sets.tile[first : first + tiles].tolist() == [unit] * tiles
+            assert (tiles == 0) == (unit[0] == -1)
+        assert sets.tiles.sum() == (sets.tile[:, 0] >= 0).sum()
+        # each choice is where its expert is in the token's set, and back
+        slot, place = (part.cpu().long() for part in (sets.place // len(token), sets.place % len(token)))
+        assert torch.equal(slots.gather(1, slot), chosen.cpu())
+        assert torch.equal(token[place], torch.arange(tokens).int()[:, None].expand(-1, top_k))
+        there = sets.choice.flatten()[sets.place.flatten().long()].cpu()
+        assert torch.equal(there, torch.arange(tokens * top_k).int())
+
+
+def check_mixture(device):
+    """Against all experts computed for every token, multiplied by a gate of zeros where they were not chosen."""
+    from structlin.accuracy import assert_as_accurate
+    from structlin.kernels.routed import backward, forward
+    from structlin.kernels.sets import group
+
+    poison(device)
+    digits = [(16, 16, 16, 24), (16, 16, 24, 16), (16, 24, 16, 16)]
+    for (kind, tokens, experts, top_k), (c, a, f, o) in zip(CHOICES, digits, strict=False):
+        tokens = 140 if kind == "all tokens to one set" else 70  # the interpreter is slow
+        chosen = draw_choices(kind, tokens, experts, top_k, device)
+        gate = torch.rand(tokens, top_k, device=device)
+        gate[0, 0] = 0.0  # nothing is divided by it
+        sizes = (tokens, c * a), (experts, c, f, a), (experts, f, o, c), (tokens, f * o)
+        x, first, second, dy = (fenced(torch.randn(s, device=device).half()) for s in sizes)
+
+        def formula(x, first, second, gate, dy, chosen=chosen, shape=(tokens, c, a), experts=experts):
+            given = [tensor.detach().requires_grad_() for tensor in (x, first, second, gate)]
+            x, first, second, gate = given
+            gates = gate.new_zeros(len(x), experts).scatter(1, chosen, gate).to(x.dtype)
+            z = torch.einsum("tca,ecfa->tecf", x.view(shape), first) * gates[:, :, None, None]
+            y = torch.einsum("tecf,efoc->tfo", z, second).flatten(1)
+            return [y, *torch.autograd.grad(y, given, dy)]
+
+        sets = group(chosen, experts)
+        y, z = forward(x, first, second, gate, sets)
+        ours = [y, *backward(dy, x, first, second, gate, z, sets)]
+        plain = formula(x, first, second, gate, dy)
+        exact = formula(*(tensor.double() for tensor in (x, first, second, gate, dy)))
+        for found, naive, true in zip(ours, plain, exact, strict=True):
+            assert_as_accurate(found, naive, true)
+        if kind == "an expert without a token":
+            assert not ours[2][0].any()
+            assert not ours[3][0].any()
+
+
+def check_mixture_layer(device):
+    """The layer takes the kernels, with every gradient of the formula, compiled too, and differentiable twice."""
+    import structlin as sl
+    from structlin.kernels.tiles import Sets
+    from structlin.ops import mixture
+    from structlin.testing import assert_close, make, plain
+
+    if device == "cpu":
+        mixture._on = lambda *_: True
+    poison(device)
+    layer = make(sl.btt_moe(2, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
+    x = torch.randn(130, 256, device=device, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+
+    def gradients(y, **more):
+        return torch.autograd.grad(y.square().sum(), wanted, **more)
+
+    y, exact = layer(x), plain(layer, x)
+    assert isinstance(layer.router.last.routes, Sets)
+    assert_close(y, exact, 1e-6)
+    truth = gradients(exact)
+    for found, true in zip(gradients(y), truth, strict=True):
+        assert_close(found, true, 1e-5)
+    for found, true in zip(gradients(layer(x), create_graph=True), truth, strict=True):
+        assert found.requires_grad
+        assert_close(found, true, 1e-5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for found, true in zip(gradients(compiled(x)), truth, strict=True):
+        assert_close(found, true, 1e-5)
+    assert isinstance(layer.router.last.routes, Sets)
+    layer(x[:100])  # too few tokens for so many sets
+    assert not isinstance(layer.router.last.routes, Sets)
+
+
 PAIRED = [  # tokens, blocks, n, k, slots, rank
     (70, 2, 64, 64, 2, 8),
     (129, 4, 128, 64, 3, 72),
@@ -191,11 +309,11 @@ def check_sums(device):
     chain.kernels_on = before
 
 
-CHECKS = [check_exchange, check_join, check_across, check_blocks, check_pair, check_sums]
+CHECKS = [check_exchange, check_join, check_across, check_blocks, check_pair, check_sums, check_sets, check_mixture]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("check", [*(check.__name__ for check in CHECKS), "check_mixture_layer"])
 def test_on_the_interpreter(check):
     # the interpreter is chosen when triton is imported, so it gets a process of its own
     code = f"import runpy; runpy.run_path({__file__!r})[{check!r}]('cpu')"

@@ -92,7 +92,7 @@ def test_time_to_loss_follows_from_the_records() -> None:
             assert "w768-monarch8-all-x1-lr0.002-s0" in runs
     assert "w768-dense-x1-lr0.00141-s0" in runs
     assert sum("-x0.42-" in name for name in runs) == 4, runs.keys()
-    with pytest.raises(ValueError, match="w768-dense-sweep-lr0[.]002, which is not in the records"):
+    with pytest.raises(ValueError, match=r"w768-dense-sweep-lr0\.002, which is not in the records"):
         plan(2, [])
 
 

@@ -50,7 +50,9 @@ class Recipe:
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
 
     structure: str = _field(
-        "dense", "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is"
+        "dense",
+        "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is, and "
+        "moe_ffn:experts=8:top_k=2 is the standard mixture of whole MLPs",
     )
     layers: str = _field(
         "mlp", "layers that get it: mlp, all (of the blocks), or globs over names, with spaces between"
