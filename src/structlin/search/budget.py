@@ -130,6 +130,6 @@ def _widest(task: Task, candidate: str, what: str, limit: float) -> Size:
             continue
         best = size
     if best is None:
-        wanted = f"at most {limit:,.0f} {what}" if not problem else problem
+        wanted = problem if problem else f"at most {limit:,.0f} {what}"
         raise ValueError(f"{candidate} fits no width from {task.sizes.unit} to {widths(task)[-1]}: {wanted}")
     return best

@@ -13,7 +13,7 @@ from ..machine import provenance
 from ..report.records import Record
 from .budget import TRAINING, Size
 from .config import Config
-from .space import place
+from .space import place, spec_of
 from .tasks import Task
 from .training import POINTS, Job
 
@@ -58,7 +58,8 @@ def record_of(
     }
     series = {name: [point[name] for point in points] for name in ("step", "seconds", "train_loss", "valid_loss")}
     series["flops"] = [float(TRAINING * size.flops * task.sizes.batch * step) for step in series["step"]]
-    own = {"trial": job.number, "attempt": running.attempt, "width": size.width, "stopped": stopped, "spend": budget}
+    own = {"trial": job.number, "attempt": running.attempt, "width": size.width, "stopped": stopped, "spend": budget,
+           "factors": _factors(job.candidate, size.width)}  # fmt: skip
     fields: dict[str, Any] = {
         "kind": "search",
         "name": job.candidate,
@@ -71,6 +72,17 @@ def record_of(
         "error": error,
     }
     return cast(Record, fields)
+
+
+def _factors(candidate: str, width: int) -> str:
+    """Sizes of the factors of a square layer, as ``first 8x8x8, second 8x8x8``."""
+    if not width:
+        return ""
+    try:
+        shapes = spec_of(candidate).plan(width, width).shapes
+    except ValueError:
+        return ""
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _place(candidate: str, width: int) -> dict[str, float | None]:

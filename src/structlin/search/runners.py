@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, Protocol
 
+from ..options import lacks
 from ..train.config import OptionError
 from .training import Job, outcome
 
@@ -82,13 +84,9 @@ class OnRay:
     """
 
     def __init__(self, address: str, device: str, share: float) -> None:
-        try:
-            import ray
-            from ray.util.queue import Queue
-        except ImportError:
-            raise OptionError(
-                "--ray", "needs ray; install with: pip install 'structlin[ray]', or leave the option out"
-            ) from None
+        if missing := lacks(("ray",), "ray"):
+            raise OptionError("--ray", f"{missing}; or leave the option out")
+        ray: Any = import_module("ray")
         if device not in ("cpu", "cuda"):
             raise OptionError("--ray", f"chooses the GPU of each job itself; allowed: --device cpu, cuda, not {device}")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -102,10 +100,11 @@ class OnRay:
             raise OptionError("--ray", f"{address}: {' '.join(str(error).split())}; allowed: local, or the address of "
                               "a running cluster") from None  # fmt: skip
         self._ray, self._share, self._kind = ray, share, "GPU" if device == "cuda" else "CPU"
-        self._queue = Queue(actor_options={"num_cpus": 0})
+        self._module: Any = import_module("ray.util.queue")
+        self._queue = self._module.Queue(actor_options={"num_cpus": 0})
         self._tasks: dict[int, Any] = {}
         self._pending: deque[tuple[int, Event]] = deque()
-        wanted = {"num_gpus": share, "num_cpus": 0} if device == "cuda" else {"num_cpus": share}
+        wanted: dict[str, float] = {"num_gpus": share, "num_cpus": 0} if device == "cuda" else {"num_cpus": share}
         self._task = ray.remote(max_retries=0, **wanted)(_work)
         if self.slots < 1:
             there = ray.cluster_resources().get(self._kind, 0)
@@ -144,15 +143,13 @@ class OnRay:
         self._ray.shutdown()
 
     def _drain(self, timeout: float) -> None:
-        from ray.util.queue import Empty
-
         try:
             while True:
                 wait = timeout if not self._pending else 0.0
                 number, event = self._queue.get(block=wait > 0, timeout=wait or None)
                 if number in self._tasks:
                     self._pending.append((number, event))
-        except Empty:
+        except self._module.Empty:
             return
 
     def _end(self, task: Any) -> Event:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..report.records import Record
@@ -59,7 +60,7 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
         if whole < len(data):
             with open(path, "r+b") as file:
                 file.truncate(whole)
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    backend = JournalFileBackend(str(path))
     try:
         return optuna.storages.JournalStorage(backend)
     except (ValueError, KeyError) as error:
@@ -84,11 +85,10 @@ class Study:
         self.config, self.command, self.task, self.space = config, command, config.load(), config.parsed()
         for candidate in self.space.listed:
             self.task.rules(candidate, self.task.sizes.width)
-        directions = ["minimize"] * len(config.minimise)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if name not in known:
-            optuna.create_study(storage=storage, study_name=name, directions=directions)
+            optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(config.minimise))
         self.study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
         identity = {**config.to_dict(), "about": self.task.about}
         before = json.loads(self.study.user_attrs.get("config", "null"))
@@ -157,9 +157,7 @@ class Study:
     def _queue_grid(self) -> None:
         if self.config.sampler != "grid":
             return
-        queued = {
-            trial.system_attrs.get("fixed_params", {}).get("structure") for trial in self.study.get_trials(False)
-        }
+        queued = {trial.system_attrs.get("fixed_params", {}).get("structure") for trial in self.study.get_trials(False)}
         for candidate in self.space.grid()[: self.config.trials]:
             if candidate not in queued:
                 self.study.enqueue_trial({"structure": candidate})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,7 @@ class Teacher(Perceptron):
         self.about = {"teacher": f"{self.layers} layers of {sizes.teacher}"}
         widths = [self.in_features, *[sizes.teacher] * (self.layers - 1), self.out_features]
         generator = torch.Generator().manual_seed(seed)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self._weights = [torch.randn(m, n, generator=generator) * (2 / n) ** 0.5 for n, m in pairs]
+        self._weights = [torch.randn(m, n, generator=generator) * (2 / n) ** 0.5 for n, m in pairwise(widths)]
         self._biases = [0.1 * torch.randn(m, generator=generator) for m in widths[1:]]
         self._shift, self._scale = torch.zeros(()), torch.ones(())
         _, targets = self._examples(-1, 4096)

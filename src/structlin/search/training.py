@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..machine import describe_device
 from ..optim import param_groups
 from ..surgery import to_structured_
-from ..machine import describe_device
 from ..train.worker import BETAS, CLIP, DivergedError, schedule
 from .presets import load_task
 from .tasks import Batch, Task
