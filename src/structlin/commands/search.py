@@ -88,6 +88,7 @@ def _search(options: argparse.Namespace, command: str, folder: Path) -> None:
              "steps", "lr", "device", "share")  # fmt: skip
     config = configure(data=tuple(options.data), **{name: getattr(options, name) for name in names})
     check_writable(folder)
+    config.load()
     with locked(folder):
         study = Study(config, open_storage(folder, options.storage), folder.name, command)
         runner = OnRay(options.ray, config.device, config.share) if options.ray else InProcess()

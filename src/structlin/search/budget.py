@@ -67,7 +67,7 @@ def fit(task: Task, candidate: str, equal: str, grow: str, budget: float | None)
         candidate: from the space.
         equal: of `EQUAL`.
         grow: of `GROW`.
-        budget: in FLOPs or parameters; seconds do not matter here.
+        budget: in FLOPs or parameters, None for what the dense model takes; seconds do not matter here.
 
     Raises:
         ValueError: where no width up to eight times the task's fits the structure and the budget.
@@ -75,15 +75,14 @@ def fit(task: Task, candidate: str, equal: str, grow: str, budget: float | None)
     sizes = task.sizes
     example = TRAINING * sizes.batch
     by_flops = budget if equal == "flops" and budget else dense_budget(task, "flops")
-    limit = budget if equal == "params" and budget else by_flops / (example * sizes.steps)
+    if equal == "params":
+        return _widest(task, candidate, "params", budget or dense_budget(task, "params"))
     if grow == "steps":
         size = measure(task, candidate, sizes.width)
     else:
-        size = _widest(task, candidate, "params" if equal == "params" else "flops", limit)
+        size = _widest(task, candidate, "flops", by_flops / (example * sizes.steps))
     if equal == "seconds":
         return Size(size.width, None, size.params, size.flops)
-    if equal == "params":
-        return size
     steps = int(by_flops / (example * size.flops) + 1e-6)
     if steps < 1:
         raise ValueError(f"one step of {candidate} at width {size.width} costs more than {by_flops:.3g} FLOPs")

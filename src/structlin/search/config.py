@@ -73,8 +73,15 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def load(self) -> Task:
-        """The task, with its data."""
-        return load_task(self.task, self.preset, self.data, self.seed, self.steps)
+        """The task, with its data.
+
+        Raises:
+            OptionError: for data that cannot be used, and candidates that the task's model cannot have.
+        """
+        task = load_task(self.task, self.preset, self.data, self.seed, self.steps)
+        for candidate in self.parsed().listed:
+            task.rules(candidate, task.sizes.width)
+        return task
 
     def parsed(self) -> Space:
         """The space."""

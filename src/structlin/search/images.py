@@ -22,7 +22,8 @@ VARIABLE = "STRUCTLIN_IMAGES"
 TILE, LEVELS, VALID_SHARE = 32, 64, 0.1
 ALLOWED = (
     "allowed: a folder with *train_x.npy and *train_y.npy (uint8 images [n, height, width] or [n, height, width, 3] "
-    "and their labels; also .npy.xz), or with train_NN.webp or .png, mosaics of 32x32 tiles row by row, and *train_y.npy"
+    "and their labels; also .npy.xz), or with train_NN.webp or .png, mosaics of 32x32 tiles row by row, and "
+    "*train_y.npy"
 )
 
 Array = np.ndarray[Any, Any]

@@ -83,8 +83,6 @@ class Study:
 
     def __init__(self, config: Config, storage: optuna.storages.BaseStorage, name: str, command: str) -> None:
         self.config, self.command, self.task, self.space = config, command, config.load(), config.parsed()
-        for candidate in self.space.listed:
-            self.task.rules(candidate, self.task.sizes.width)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if name not in known:
@@ -135,11 +133,16 @@ class Study:
     def _ended(self) -> list[FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if "record" in trial.user_attrs]
 
+    def _drawn(self) -> int:
+        """Trials that ended, those that drew what an earlier one had trained included."""
+        return sum({"record", "same_as"} & trial.user_attrs.keys() != set() for trial in self.study.get_trials(False))
+
     def _recover(self, say: Say) -> None:
         """Put trials that a dead process left running back into the queue."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if "record" in trial.user_attrs:
-                self._tell(trial.number, json.loads(trial.user_attrs["record"]))
+            told = trial.user_attrs.get("record")
+            if told is not None:  # all but the last line of its end was written
+                self._tell(trial.number, json.loads(told))
                 continue
             say(f"trial {trial.number} was interrupted; it is tried again")
             self._put_back(trial, trial.user_attrs.get("attempt", 1))
@@ -171,21 +174,22 @@ class Study:
                     break  # at equal seconds it sets the budget; elsewhere it is what all others are compared with
                 self._start_dense(runner)
                 continue
-            if len(self._ended()) + len(self._running) >= self.config.trials or not self._start(runner, say):
+            if self._drawn() + len(self._running) >= self.config.trials or not self._start(runner, say):
                 break
         return bool(self._running)
 
     def _start_dense(self, runner: Runner) -> None:
         """The dense model, at the task's width and steps or, where a budget is given, at what that pays."""
         config = self.config
-        equal = "flops" if config.equal == "seconds" else config.equal
-        size = fit(self.task, "dense", equal, "width", None)
-        if config.budget is not None:
-            size = fit(self.task, "dense", config.equal, config.grow, config.budget)
+        equal = "flops" if config.equal == "seconds" and config.budget is None else config.equal
+        size = fit(self.task, "dense", equal, config.grow, config.budget)
         self._begin(runner, Running(self._job(DENSE, "dense", size, config.budget or 0), size, None, 1))
 
     def _start(self, runner: Runner, say: Say) -> bool:
-        """Start the next trial, if there is one; one whose candidate does not fit ends at once, as failed."""
+        """Start the next trial, if there is one.
+
+        One whose candidate does not fit ends at once, as failed, and one whose candidate is known as that did.
+        """
         waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
         if self.config.sampler == "grid" and not waiting:
             return False
@@ -193,6 +197,11 @@ class Study:
         candidate = self._candidate(trial)
         attempt = trial.user_attrs.get("attempt", 0) + 1
         trial.set_user_attr("attempt", attempt)
+        if twin := next((old for old in self._ended() if _name(old) == candidate), None):
+            trial.set_user_attr("same_as", twin.number)
+            self._tell(trial.number, json.loads(twin.user_attrs["record"]))
+            say(f"trial {trial.number}, {candidate}: as trial {twin.number}")
+            return True
         try:
             if attempt > ATTEMPTS:
                 raise ValueError(f"its process died {ATTEMPTS} times; out of memory?")
@@ -306,6 +315,11 @@ def _sampler(config: Config, drawn: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.CmaEsSampler(seed=seed)
+
+
+def _name(trial: FrozenTrial) -> str:
+    name: str = json.loads(trial.user_attrs["record"])["name"]
+    return name
 
 
 def _line(number: int, record: Record) -> str:
