@@ -520,6 +520,54 @@ def test_bad_options_are_said_and_leave_nothing(
     assert not left.exists() or {path.name for path in left.iterdir()} <= {".lock"}
 
 
+def test_text_that_is_too_short_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a few words, no more than that", encoding="utf-8")
+    for name, message in (("bpe", "give more text$"), ("characters", "at least 33 each are needed$")):
+        with pytest.raises(OptionError, match=f"--data: there are .* tokens to train on .*{message}"):
+            presets.load_task(name, "smoke", ("a.txt",), 0)
+
+
+@pytest.mark.slow
+def test_the_smoke_search_has_a_frontier_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = records.read(tmp_path / "results.json")
+    assert len({record["name"] for record in results if record["status"] == "ok"}) >= 13
+    assert len({record["config"]["factors"] for record in results}) >= 12
+    assert "frontier of loss and model_params: einsum:theta=" in capsys.readouterr().out
+    assert (tmp_path / "report.html").stat().st_size > 30_000
+
+
+@pytest.mark.slow
+def test_ray_trains_in_parallel_and_a_killed_worker_is_replaced(
+    searched: tuple[Path, list[Record]], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    killed: list[int] = []
+
+    class Killing(runners.OnRay):
+        def event(self) -> tuple[int, runners.Event]:
+            number, event = super().event()
+            if number == 1 and "pid" in event:
+                assert event["pid"] != os.getpid()
+                os.kill(event["pid"], signal.SIGKILL)
+                killed.append(number)
+            return number, event
+
+    before = sys.path[:]
+    results = search(tmp_path, Killing("local", "cpu", 1), steps=8)
+    assert sys.path == before
+    assert killed == [1]
+    assert sorted(record["config"]["attempt"] for record in results) == [1, 1, 1, 2]
+    assert sorted(map(str, map(numbers, results))) == sorted(map(str, map(numbers, searched[1])))
+    stopped = search(tmp_path / "halving", runners.OnRay("local", "cpu", 1), space="low_rank:rank=8/1,kronecker",
+                     halving=True, steps=400)  # fmt: skip
+    assert {record["config"]["stopped"] for record in stopped} == {True, False}
+    with pytest.raises(OptionError, match=r"--ray: local has .* CPUs; a job needs 4096"):
+        runners.OnRay("local", "cpu", 4096)
+
+
 def test_ray_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runners, "lacks", lambda packages, extra: f"needs ray; install with: structlin[{extra}]")
     with pytest.raises(OptionError, match=r"--ray: needs ray; install with: structlin\[ray\]; or leave the option out"):

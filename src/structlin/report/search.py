@@ -68,7 +68,9 @@ def page(records: Sequence[Record]) -> str:
     config = {name: value for name, value in first["config"].items() if name not in own}
     machine = {**first["device"], **first["versions"], "commit": first["commit"], "finished": last["created"]}
     present = [column for column in COLUMNS if any(_values(record)[column[0]] is not None for record in records)]
-    start = {"x": cost(records), "y": "valid_loss", "colour": "family", "curve": "seconds"}
+    families = {record["name"].partition(":")[0] for record in records if record["name"] != "dense"}
+    start = {"x": cost(records), "y": "valid_loss", "colour": "family" if len(families) > 1 else "omega"}
+    start["curve"] = "seconds"
     data = {"trials": [_trial(record) for record in records], "columns": present, "facts": FACTS, "start": start}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = resources.files(__package__).joinpath("search.html").read_text(encoding="utf-8")

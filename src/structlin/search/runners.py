@@ -106,15 +106,14 @@ class OnRay:
         self._pending: deque[tuple[int, Event]] = deque()
         wanted: dict[str, float] = {"num_gpus": share, "num_cpus": 0} if device == "cuda" else {"num_cpus": share}
         self._task = ray.remote(max_retries=0, **wanted)(_work)
-        if self.slots < 1:
-            there = ray.cluster_resources().get(self._kind, 0)
+        if (there := self._there()) < share:
             self.close()
             raise OptionError("--ray", f"{address} has {there:g} {self._kind}s; a job needs {share:g}")
 
     @property
     def slots(self) -> int:
-        """As many jobs as the cluster has shares, which may grow and shrink."""
-        return int(self._ray.cluster_resources().get(self._kind, 0) / self._share + 1e-9)
+        """As many jobs as the cluster has shares, which may grow and shrink; one waits where it has none."""
+        return max(1, int(self._there() / self._share + 1e-9))
 
     def start(self, job: Job) -> None:
         """Hand a job to Ray."""
@@ -141,6 +140,10 @@ class OnRay:
     def close(self) -> None:
         """Leave Ray, and end it where it was started here."""
         self._ray.shutdown()
+
+    def _there(self) -> float:
+        """GPUs or CPU cores of the cluster."""
+        return float(self._ray.cluster_resources().get(self._kind, 0))
 
     def _drain(self, timeout: float) -> None:
         try:

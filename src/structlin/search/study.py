@@ -133,6 +133,11 @@ class Study:
     def _ended(self) -> list[FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if "record" in trial.user_attrs]
 
+    def _ended_as(self, number: int) -> str:
+        """The record of a trial that ended, as it is stored."""
+        text: str = self.study.get_trials(deepcopy=False)[number].user_attrs["record"]
+        return text
+
     def _drawn(self) -> int:
         """Trials that ended, those that drew what an earlier one had trained included."""
         return sum({"record", "same_as"} & trial.user_attrs.keys() != set() for trial in self.study.get_trials(False))
@@ -140,7 +145,8 @@ class Study:
     def _recover(self, say: Say) -> None:
         """Put trials that a dead process left running back into the queue."""
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            told = trial.user_attrs.get("record")
+            twin = trial.user_attrs.get("same_as")
+            told = trial.user_attrs.get("record") if twin is None else self._ended_as(twin)
             if told is not None:  # all but the last line of its end was written
                 self._tell(trial.number, json.loads(told))
                 continue

@@ -79,6 +79,10 @@ class Task(ABC):
     def batch(self, step: int) -> Batch:
         """The training examples of a step, counted from 0."""
 
+    def to(self, device: torch.device) -> None:
+        """Draw examples there from now on, where that is worth it; batches may be on the CPU still."""
+        return
+
     @abstractmethod
     def validation(self) -> list[Batch]:
         """All validation examples, in batches."""
@@ -129,6 +133,11 @@ class Teacher(Perceptron):
         _, targets = self._examples(-1, 4096)
         self._shift, self._scale = targets.mean(), targets.std()
 
+    def to(self, device: torch.device) -> None:
+        """Let the teacher compute there."""
+        self._weights, self._biases = ([part.to(device) for part in parts] for parts in (self._weights, self._biases))
+        self._shift, self._scale = self._shift.to(device), self._scale.to(device)
+
     def batch(self, step: int) -> Batch:
         """Fresh inputs and their targets, float32 ``[batch, 8]`` and ``[batch, 1]``."""
         return self._examples(step, self.sizes.batch)
@@ -144,7 +153,7 @@ class Teacher(Perceptron):
     @torch.no_grad()
     def _examples(self, stream: int, count: int) -> Batch:
         generator = torch.Generator().manual_seed((self.seed << 32) + stream + 2)
-        x = hidden = torch.randn(count, self.in_features, generator=generator)
+        x = hidden = torch.randn(count, self.in_features, generator=generator).to(self._shift.device)
         for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             hidden = F.linear(hidden, weight, bias)
             hidden = F.relu(hidden) if index < self.layers - 1 else hidden
@@ -252,7 +261,10 @@ class Pieces(Tokens):
 
     def __init__(self, sizes: Sizes, data: tuple[str, ...], seed: int) -> None:
         recipe = Recipe(data=data or ("stdlib",), valid_share=0.1, vocabulary=sizes.vocabulary, context=sizes.context)
-        tokens = prepare(recipe)
+        try:
+            tokens = prepare(recipe)
+        except OptionError as error:
+            raise OptionError("--data", str(error).removeprefix("--data: ").removesuffix(", or --valid")) from None
         self.vocabulary, self.about = tokens.vocabulary, tokens.about
         self._own(sizes, seed, tokens.train, tokens.valid)
 

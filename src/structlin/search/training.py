@@ -7,6 +7,7 @@ The clock runs in training steps only, not in drawing batches and validating. Al
 from __future__ import annotations
 
 import math
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def outcome(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def train(job: Job) -> Iterator[dict[str, Any]]:
-    """Train a candidate, yielding what it runs on (``device``) and a point at each of `POINTS` shares of its budget.
+    """Train a candidate, yielding where it runs (``device``, ``pid``) and a point at each of `POINTS` shares of its budget.
 
     A point has ``point`` (1 to `POINTS`), ``step``, ``seconds``, ``train_loss`` (mean since the point before),
     ``valid_loss`` and ``peak_memory_bytes`` (of tensors on a GPU, None elsewhere).
@@ -83,7 +84,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(job.threads)
     task = load_task(job.task, job.preset, job.data, job.seed, job.task_steps)
     run = _Run(job, task)
-    yield {"device": describe_device(run.device)}
+    yield {"device": describe_device(run.device), "pid": os.getpid()}
     for point in range(1, POINTS + 1):
         while run.share() < point / POINTS:
             run.update()
@@ -102,6 +103,7 @@ class _Run:
         self.model = task.model(job.width)
         to_structured_(self.model, task.rules(job.candidate, job.width))
         self.model.to(self.device)
+        task.to(self.device)
         with torch.device("meta"):
             base = task.model(task.sizes.width)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, job.lr, base=base), betas=BETAS, fused=True)
