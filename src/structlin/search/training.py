@@ -71,7 +71,7 @@ def outcome(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def train(job: Job) -> Iterator[dict[str, Any]]:
-    """Train a candidate, yielding where it runs (``device``, ``pid``) and a point at each of `POINTS` shares of its budget.
+    """Train a candidate, yielding where it runs (``device``, ``pid``), then a point at each of `POINTS` shares.
 
     A point has ``point`` (1 to `POINTS`), ``step``, ``seconds``, ``train_loss`` (mean since the point before),
     ``valid_loss`` and ``peak_memory_bytes`` (of tensors on a GPU, None elsewhere).
