@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 
 from ..surgery import to_structured_
-from ..train.config import OptionError
 from .tasks import Task
 
 EQUAL = ("flops", "seconds", "params")
@@ -23,6 +22,7 @@ GROW = ("width", "steps")
 
 TRAINING = 3  # a backward pass costs two forward ones
 WIDEST = 8  # times the width of the task
+BEYOND = 2  # times the limit: a wider model can cost less, where its width divides better, but not by that
 LARGEST_ODD_PART = 7  # of a width, so that it has the digits that structures ask for
 
 
@@ -112,22 +112,21 @@ def widths(task: Task) -> list[int]:
 def _widest(task: Task, candidate: str, what: str, limit: float) -> Size:
     """The widest model whose ``what`` is at most ``limit``; for FLOPs else the narrowest there is, for fewer steps."""
     best: Size | None = None
+    narrowest: Size | None = None
     problem = ""
     for width in widths(task):
         try:
             size = measure(task, candidate, width)
-        except OptionError:
-            raise  # of the task, whatever the width
         except ValueError as error:
             problem = " ".join(str(error).split())
             continue
-        if getattr(size, what) > limit * (1 + 1e-9):
-            if best is None and what == "flops":
-                best = size
-            if getattr(size, what) > 4 * limit:
-                break
-            continue
-        best = size
+        narrowest = narrowest or size
+        if getattr(size, what) <= limit * (1 + 1e-9):
+            best = size
+        elif getattr(size, what) > BEYOND * limit:
+            break
+    if best is None and what == "flops":
+        best = narrowest
     if best is None:
         wanted = problem if problem else f"at most {limit:,.0f} {what}"
         raise ValueError(f"{candidate} fits no width from {task.sizes.unit} to {widths(task)[-1]}: {wanted}")

@@ -8,6 +8,7 @@ hold the same thing and a user can give it to any other command.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Protocol
 
@@ -143,6 +144,7 @@ def text_of(theta: tuple[float, ...]) -> str:
     return str(Einsum(theta=theta))
 
 
+@cache
 def spec_of(candidate: str) -> Spec:
     """The structure of a candidate; of the head-aligned family what layers outside of attention get.
 
