@@ -508,6 +508,7 @@ def test_a_killed_process_loses_only_its_trial(tmp_path: Path) -> None:
         ("--preset smoke --minimise loss,params --halving", "--minimise: --halving looks at one number"),
         ("--preset smoke --equal params --grow steps", "--grow: steps leaves parameters as they are"),
         ("--preset smoke --device cpu --share 0.5", "--share: 0.5 is given; allowed on a CPU: whole numbers"),
+        ("--preset smoke --equal seconds --ray local --device cpu", "--ray: trials that share a CPU disturb"),
         ("--preset smoke --space head_btt:rank=1", "--space: head_btt:rank=1 is for attention"),
         ("--preset smoke --task images", "--data: 0 paths are given; this task needs one folder of images"),
     ],

@@ -82,11 +82,14 @@ def _search(options: argparse.Namespace, command: str, folder: Path) -> None:
     from ..search.config import configure
     from ..search.runners import InProcess, OnRay
     from ..search.study import Study, open_storage
+    from ..train.config import OptionError
     from ..train.folder import check_writable, locked
 
     names = ("task", "preset", "space", "sampler", "minimise", "equal", "grow", "budget", "trials", "halving", "seed",
              "steps", "lr", "device", "share")  # fmt: skip
     config = configure(data=tuple(options.data), **{name: getattr(options, name) for name in names})
+    if options.ray and config.equal == "seconds" and config.device == "cpu":
+        raise OptionError("--ray", "trials that share a CPU disturb each other's clock; allowed at equal seconds: GPUs")
     check_writable(folder)
     config.load()
     with locked(folder):
