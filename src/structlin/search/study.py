@@ -83,7 +83,7 @@ class Study:
 
     def __init__(self, config: Config, storage: optuna.storages.BaseStorage, name: str, command: str) -> None:
         self.config, self.command, self.task, self.space = config, command, config.load(), config.parsed()
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=POINTS // 4, reduction_factor=2)
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if name not in known:
             optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * len(config.minimise))
