@@ -164,6 +164,7 @@ def test_axes_and_colours_change(page: Any) -> None:
     assert page.locator("circle.point").first.get_attribute("cx") != before
     page.locator("#colour").select_option("model_params")
     assert "hsl(" in page.locator('circle.point[data-id="1"]').get_attribute("fill")
+    assert page.locator("#legend").inner_text().split("\n")[:2] == ["dense", "params 1500"]
     page.locator("#log").check()
     assert page.locator("circle.point").count() == 4
     assert page.locator("#plot text").count() > 6
