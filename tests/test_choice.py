@@ -17,10 +17,11 @@ from structlin.nn import linear
 from structlin.nn.explain import layer_key
 from structlin.ops import choice, measure, store
 from structlin.ops.choice import Choice
+from structlin.ops.joined import costs, joined
 from structlin.ops.lowering import copied, lower
 from structlin.testing import assert_close, inputs, make, plain
 
-EVEN = {"triton": 2.0, "bmm": 2.0, "dense": 2.0}
+EVEN = {"joined": 2.2, "triton": 2.0, "bmm": 2.0, "dense": 2.0}
 
 
 class FakeClock:
@@ -57,7 +58,8 @@ def clock(monkeypatch, tmp_path):
     """A CPU that is measured as a GPU would be, with a kernel of ours to choose, and a cache of its own."""
     monkeypatch.setenv("STRUCTLIN_CACHE_DIR", str(tmp_path / "choices"))
     monkeypatch.setattr(choice, "MEASURED", ("cuda", "cpu"))
-    monkeypatch.setattr(measure, "structured", lambda *_: ("triton", "bmm"))
+    ours = ("triton", "bmm")
+    monkeypatch.setattr(measure, "structured", lambda what, *_: ours if joined(what) is None else ("joined", *ours))
     rule = choice.rule
     rule.cache_clear()  # of keys of a CPU as it is
     yield FakeClock(monkeypatch)
@@ -73,9 +75,9 @@ def no_clock(clock, monkeypatch):
 
 @contextlib.contextmanager
 def seen(monkeypatch):
-    """What layers run in this block: "triton", "bmm" or "dense"."""
+    """What layers run in this block: "joined", "triton", "bmm" or "dense"."""
     ran: list[str] = []
-    multiply, weight = linear.multiply, linear.dense.weight
+    multiply, weight, one = linear.multiply, linear.dense.weight, linear.joined.multiply
 
     def product(x, factors, what, keep, kernels):
         ran.append("triton" if kernels else "bmm")
@@ -83,6 +85,7 @@ def seen(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(linear, "multiply", product)
+        patched.setattr(linear.joined, "multiply", lambda *given: (ran.append("joined"), one(*given))[1])
         patched.setattr(linear.dense, "weight", lambda *given: (ran.append("dense"), weight(*given))[1])
         # what measures calls the same functions, by the names of its own module
         patched.setattr(measure, "multiply", multiply)
@@ -105,13 +108,13 @@ def ran_by(layer, x, monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_fastest_runs_and_is_measured_once(winner, training, clock, monkeypatch):
     clock.fastest(winner, "bmm")
-    layer = layer_of().train(training)
+    layer = layer_of(sl.Dyad(4)).train(training)
     with torch.set_grad_enabled(training):
         assert ran_by(layer, inputs(layer, 5), monkeypatch) == winner
         taken = len(clock.asked)
-        assert taken == 2 * 3 * measure.SAMPLES
+        assert taken == 2 * 4 * measure.SAMPLES
         # another layer of the kind, and another number of tokens with the same power of two
-        other = layer_of().train(training)
+        other = layer_of(sl.Dyad(4)).train(training)
         assert ran_by(other, inputs(other, 2, 4), monkeypatch) == winner
         assert len(clock.asked) == taken
         ran_by(layer, inputs(layer, 9), monkeypatch)
@@ -199,7 +202,7 @@ def test_measuring_leaves_no_trace(clock):
 @pytest.mark.parametrize("winner", choice.CANDIDATES)
 def test_activation_checkpoints_run_the_same_twice(winner, reentrant, clock, monkeypatch):
     clock.fastest(winner, "bmm")
-    layer = layer_of()
+    layer = layer_of(sl.Dyad(4))
     x = inputs(layer, 5).requires_grad_()
     with seen(monkeypatch) as ran:
         checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
@@ -227,7 +230,7 @@ def test_tracing_takes_the_rule_and_never_times(dynamic, no_clock, monkeypatch):
         calls: list[str] = []
 
         def look(graph, _, calls=calls):
-            calls.extend(str(node) for node in graph.graph.nodes if node.op == "call_function")
+            calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
             return graph.forward
 
         torch._dynamo.reset()
@@ -315,6 +318,28 @@ def test_the_rule_knows_what_an_h200_measured(spec, better):
     plan = spec.plan(4096, 4096)
     cost = analysis.predicted_cost(plan, 16384, training=True, copied=copied(lower(plan)))
     assert min(cost._asdict(), key=cost._asdict().get) == better
+
+
+def test_the_rule_counts_what_joining_costs():
+    """In bytes by hand, bfloat16, where bytes decide: fewer for a narrow input, as many for a wide one."""
+    tokens, out, width = 1024, 64, 32
+    plan = sl.Dyad(4).plan(out, width)
+    weights = 2 * 4 * (out // 4) * (width // 4)
+    apart = 3 * (2 * tokens * (width + out) + weights) + 2 * 2 * tokens * width + tokens * (width + out)
+    one = 3 * (tokens * (2 * width + out) + weights) + 2 * tokens * 3 * width
+    assert costs(joined(lower(plan)), plan, tokens, 2, True) == (2 * apart, 2 * one)
+    for spec, shape, wins in ((sl.Dyad(4), (4096, 1024), True), (sl.Dyad(4), (1024, 4096), False)):
+        plan = spec.plan(*shape)
+        before, after = costs(joined(lower(plan)), plan, 16384, 2, True)
+        assert (after < before) == wins
+
+
+def test_a_joined_product_wins_a_close_race_in_a_graph_only(clock, monkeypatch):
+    clock.ms = {launch: EVEN | {"joined": 1.0, "triton": 0.97} for launch in ("eager", "graph")}
+    layer = layer_of(sl.Dyad(4))
+    layer(inputs(layer, 5))
+    found = choice.look(layer_key(layer, 5, True))
+    assert (found.eager, found.graph) == ("triton", "joined")
 
 
 def test_the_rule_counts_what_runs():
@@ -518,7 +543,7 @@ def test_tune_measures_where_nobody_else_does(monkeypatch, tmp_path):
     assert [(row.layer, row.tokens, row.choice.eager) for row in found] == [
         ("0", 8, "dense"), ("0", 64, "dense"), ("2", 8, "dense"), ("2", 64, "dense")
     ]  # fmt: skip
-    assert "triton  bmm            dense" in str(found)
+    assert "joined         triton  bmm            dense" in str(found)
     assert "2.000 / 2.000  1.000 / 1.000" in str(found)
     assert ran_by(model[0], inputs(model[0], 8), monkeypatch) == "dense"
     assert not any(parameter.grad is not None for parameter in model.parameters())
@@ -615,7 +640,7 @@ def test_the_flag_reaches_the_kernels_forward_and_backward(monkeypatch):
         for keep in (True, False):
             for run in (
                 chain.multiply,
-                lambda *given: torch.ops.structlin.multiply(*given[:2], given[2].text, *given[3:])[0],
+                lambda *given: torch.ops.structlin.multiply(*given[:2], [], given[2].text, *given[3:]),
             ):
                 asked.clear()
                 run(x, [layer.first, layer.second], layer._program, keep, wanted).sum().backward()

@@ -59,6 +59,8 @@ SIDEWAYS = {
     ("densify", "moments"),
     ("densify", "surgery"),
     ("bench", "models"),
+    ("evaluate", "hf"),
+    ("train", "hf"),
     ("train", "models"),
     ("__main__", "cli"),
 }

@@ -66,7 +66,7 @@ class Cost(NamedTuple):
 
 
 def predicted_cost(
-    plan: Plan, tokens: int, itemsize: int = 2, training: bool = False, keep: bool = False, copied: int = 0
+    plan: Plan, tokens: int, itemsize: int = 2, training: bool = False, keep: bool = False, copied: float = 0
 ) -> Cost:
     """What a layer costs as it is and as one dense weight, for ``tokens`` rows of numbers of ``itemsize`` bytes.
 

@@ -30,6 +30,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> nn.
             or leave some of the model without values, and an unknown dtype.
     """
     transformers: Any = _transformers()
+    from .. import hf  # noqa: F401, structures fit the layers of GPT-2 from here on
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is given; allowed: {', '.join(DTYPES)}")
     if not (folder / "config.json").is_file():

@@ -19,17 +19,18 @@ from torch import Tensor
 
 from .. import analysis
 from ..machine import describe_device, versions
-from . import measure, store
+from . import joined, measure, store
 from .contract import autocast_dtype, seen_through
 from .equation import constant_when_traced
 from .lowering import Program, copied, plan_of, program
 
-CANDIDATES = ("triton", "bmm", "dense")
+CANDIDATES = ("joined", "triton", "bmm", "dense")
 """What `auto` chooses from."""
 
 MEASURED = ("cuda",)  # types of devices on which the first use of a layer measures
 ANY_NUMBER = 16384  # tokens, where compiled code takes any number of them
 MARGIN = 1.03  # dense has to be faster by this much: it needs memory for its weight
+FUSED = 0.95  # of its time counts for a joined product in a graph: compiled code adds its results up as it reads them
 
 
 class Key(NamedTuple):
@@ -138,15 +139,20 @@ def settle(key: Key) -> Choice:
 def rule(key: Key) -> Choice:
     """The choice where nothing can be measured; `bmm` on a CPU."""
     subject = _subject(key)
-    ours = measure.structured(subject.what, key.dtype, key.tokens, key.device)[0]
     if key.device.type not in MEASURED:
         return Choice("bmm", "bmm", "rule")
+    found = measure.structured(subject.what, key.dtype, key.tokens, key.device)
+    ours = "triton" if "triton" in found else "bmm"
+    how = joined.joined(subject.what) if "joined" in found else None
     plan = plan_of(subject.what, subject.kept)
     numbers: dict[str, dict[str, float]] = {}
     for launch, keep in (("eager", not key.training), ("graph", False)):
         cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep, copied(subject.what))
         numbers[launch] = {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}
-    return Choice(_fastest(numbers["eager"]), _fastest(numbers["graph"]), "rule", numbers)
+        if how is not None:
+            both = joined.costs(how, plan, key.tokens, key.dtype.itemsize, key.training)
+            numbers[launch] |= dict(zip((ours, "joined"), both, strict=True))
+    return _fastest(numbers, "rule")
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -234,13 +240,20 @@ def _measured(key: Key) -> Choice:
     times = measure.times(_subject(key))
     if not times["eager"] or not times["graph"]:
         return rule(key)  # nothing fits into memory beside what is there
-    found = Choice(_fastest(times["eager"]), _fastest(times["graph"]), "measured", times)
+    found = _fastest(times, "measured")
     store.save(_portable(key), dataclasses.asdict(found))
     return found
 
 
-def _fastest(times: dict[str, float]) -> str:
-    return min(times, key=lambda backend: times[backend] * (MARGIN if backend == "dense" else 1))
+def _fastest(numbers: dict[str, dict[str, float]], why: str) -> Choice:
+    eager, graph = numbers["eager"], numbers["graph"]
+    handicaps = {"dense": MARGIN, "joined": FUSED}
+    return Choice(
+        min(eager, key=lambda backend: eager[backend] * (MARGIN if backend == "dense" else 1)),
+        min(graph, key=lambda backend: graph[backend] * handicaps.get(backend, 1)),
+        why,
+        numbers,
+    )
 
 
 def _known(key: Key) -> Choice | None:

@@ -27,6 +27,7 @@ BLOCKS = {
     "gpt_neox": "gpt_neox.layers",
     "llama": "model.layers",
 }
+HEADS = {"gpt_neox": "embed_out"}  # elsewhere lm_head
 MLP = {"opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",)}
 
 CAUSAL = "structlin_causal"
@@ -157,15 +158,40 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:
     """What `to_structured_` is given."""
-    if recipe.structure == "dense":
-        return {}  # layers stay as transformers makes and draws them
-    blocks = BLOCKS[recipe.architecture]
-    known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
+    rules: dict[str, Spec | None] = {}  # dense layers stay as transformers makes and draws them
+    if recipe.lm_head != "dense":
+        rules[HEADS.get(recipe.architecture, "lm_head")] = _spec("--lm-head", recipe.lm_head)
+    if recipe.structure != "dense":
+        blocks = BLOCKS[recipe.architecture]
+        known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
+        chosen = known.get(recipe.layers, tuple(recipe.layers.split()))
+        rules |= dict.fromkeys(chosen, _spec("--structure", recipe.structure))
+    return rules
+
+
+def _spec(option: str, text: str) -> Spec:
     try:
-        spec = parse(recipe.structure)
+        return parse(text)
     except ValueError as error:
-        raise OptionError("--structure", str(error)) from None
-    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), spec)
+        raise OptionError(option, str(error)) from None
+
+
+@torch.no_grad()
+def portable(model: nn.Module) -> nn.Module:
+    """``model`` as transformers builds it: in the blocks of GPT-2 its Conv1D again where `dense` put an ``nn.Linear``.
+
+    Changes ``model`` and returns it. What has a structure stays as it is.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    blocks: Any = model.get_submodule(BLOCKS["gpt2"]) if model.config.model_type == "gpt2" else nn.Module()  # type: ignore[union-attr]
+    for name, module in list(blocks.named_modules()):
+        if type(module) is nn.Linear:
+            conv: Any = Conv1D(module.out_features, module.in_features)
+            conv.weight = nn.Parameter(module.weight.T.contiguous())
+            conv.bias = module.bias
+            blocks.set_submodule(name, conv)
+    return model
 
 
 def _linearised(model: nn.Module) -> nn.Module:
