@@ -168,5 +168,10 @@ def test_axes_and_colours_change(page: Any) -> None:
     page.locator("#log").check()
     assert page.locator("circle.point").count() == 4
     assert page.locator("#plot text").count() > 6
+    page.locator("#y").select_option("model_params")
+    page.locator("#log").uncheck()
+    assert page.locator("circle.point").count() == 6
+    assert page.locator("polyline.front").get_attribute("points").count(",") == 3  # of those that ended well
+    page.locator("#log").check()
     page.locator("#x").select_option("omega")  # which has no logarithm at 0
     assert page.locator("circle.point").count() == 0
