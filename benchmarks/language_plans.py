@@ -174,12 +174,11 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
     """Wall-clock to dense's final loss, GPT-2 blocks.
 
     1. A sweep: dense and each contender over 20M tokens at three learning rates.
-    2. At its own best rate, dense with three seeds for 180 seconds, or for 100M tokens where that is longer, and each
-       contender for 0.7 of that time.
-    3. Contenders for a shorter time if they had reached dense's mean loss (0.5 and 0.6 of dense's) and a longer one if
-       not (0.85 and 1).
-    4. Two more seeds of the two contenders that got there in the least time or came nearest, and dense once more on
-       each side of its rate, a factor of 1.4 away.
+    2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
+       each contender for half of that time, at its best rate of the sweep and half of it.
+    3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
+       for a longer one if not (0.7 and 1).
+    4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
 
     A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
     """
@@ -193,13 +192,13 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
         done = [r for r in records if r["name"].startswith(title)]
         return best(done) if done else found(records, title + f"lr{rates[0]:g}")
 
-    def budget(records: Records, name: str, share: float, seed: int = 0, factor: float = 1.0, priority: int = 0) -> Run:
-        own, dense = swept(records, name), speed(swept(records, "dense"))
+    def budget(records: Records, name: str, share: float, lr: float, seed: int = 0, priority: int = 0) -> Run:
+        own, dense = speed(swept(records, name)), speed(swept(records, "dense"))
+        seconds = share * max(180.0, 100e6 / dense)
         spec, layers = names[name]
-        lr, seconds = own["config"]["lr"] * factor, share * max(180.0, 100e6 / dense)
         title = f"w{width}-{name}-x{share:g}-lr{lr:.3g}-s{seed}"
-        return run("gpt2_small", math.ceil(seconds * speed(own) / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
-                   name=title, speed=speed(own), priority=priority)  # fmt: skip
+        return run("gpt2_small", math.ceil(seconds * own / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
+                   name=title, speed=own, priority=priority)  # fmt: skip
 
     def of(records: Records, name: str) -> list[Record]:
         return [r for r in records if r["name"].startswith(f"w{width}-{name}-x")]
@@ -217,25 +216,32 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
             ]  # fmt: skip
         tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
         if stage == 2:
-            runs = [budget(records, "dense", 1.0, seed, priority=seed) for seed in (0, 1, 2)]
-            return runs + [budget(records, name, 0.7) for name in tried]
-        wanted = mean(loss(r) for r in of(records, "dense") or [found(records, f"w{width}-dense-x1")])
+            lr = {name: swept(records, name)["config"]["lr"] for name in ("dense", *tried)}
+            runs = [budget(records, "dense", 1.0, lr["dense"] * factor) for factor in (1.0, 0.7, 0.5)]
+            return runs + [
+                budget(records, name, 0.5, lr[name] * factor, priority=rank)
+                for name in tried
+                for rank, factor in enumerate((1.0, 0.5))
+            ]
+        dense = best(of(records, "dense") or [found(records, f"w{width}-dense-x1")])
+
+        def reach(name: str) -> tuple[float, float, Record]:
+            """The least share that got to dense's loss, the lowest loss, and the run to repeat."""
+            done = of(records, name)
+            reached = [r for r in done if loss(r) <= loss(dense)]
+            least = min(map(share, reached), default=math.inf)
+            return least, loss(best(done)), best([r for r in reached if share(r) == least] or done)
+
         if stage == 3:
-            runs = []
-            for name in tried:
-                reached = [share(r) for r in of(records, name) if loss(r) <= wanted]
-                runs += [budget(records, name, each) for each in ((0.5, 0.6) if reached else (0.85, 1.0))]
-            return runs
-
-        def reach(name: str) -> tuple[float, float]:
-            reached = [share(r) for r in of(records, name) if loss(r) <= wanted]
-            return min(reached, default=math.inf), loss(best(of(records, name)))
-
-        runs = [budget(records, "dense", 1.0, factor=factor, priority=1) for factor in (2**-0.5, 2**0.5)]
-        for name in sorted(tried, key=reach)[:2]:
-            least = reach(name)[0]
-            last = share(best(of(records, name))) if least == math.inf else least
-            runs += [budget(records, name, last, seed) for seed in (1, 2)]
+            return [
+                budget(records, name, each, reach(name)[2]["config"]["lr"])
+                for name in tried
+                for each in ((0.7, 1.0) if reach(name)[0] == math.inf else (0.35, 0.42))
+            ]
+        runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]
+        for name in sorted(tried, key=lambda name: reach(name)[:2])[:2]:
+            again = reach(name)[2]
+            runs += [budget(records, name, share(again), again["config"]["lr"], seed) for seed in (1, 2)]
         return runs
 
     return plan

@@ -86,13 +86,13 @@ def test_time_to_loss_follows_from_the_records() -> None:
         if stage == 2:  # 180 seconds at 600,000 tokens a second
             assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in range(3)} < set(runs)
             assert runs["w768-dense-x1-lr0.002-s2"].fields["steps"] == math.ceil(180 * 6e5 / plans.STEP)
-            assert runs["w768-dyad8-all-x0.7-lr0.002-s0"].fields["steps"] == math.ceil(0.7 * 180 * 8e5 / plans.STEP)
+            assert runs["w768-dyad8-all-x0.5-lr0.002-s0"].fields["steps"] == math.ceil(0.5 * 180 * 8e5 / plans.STEP)
         if stage == 3:
-            assert "w768-dyad8-all-x0.5-lr0.002-s0" in runs
+            assert "w768-dyad8-all-x0.42-lr0.002-s0" in runs
             assert "w768-monarch8-all-x1-lr0.002-s0" in runs
     assert "w768-dense-x1-lr0.00141-s0" in runs
-    assert sum("-x0.5-" in name for name in runs) == 4, runs.keys()
-    with pytest.raises(ValueError, match="w768-dense-sweep-lr0.002, which is not in the records"):
+    assert sum("-x0.42-" in name for name in runs) == 4, runs.keys()
+    with pytest.raises(ValueError, match="w768-dense-sweep-lr0[.]002, which is not in the records"):
         plan(2, [])
 
 
