@@ -48,7 +48,7 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
-    ("recipes",),
+    ("recipes", "search"),
     ("report",),
     ("commands",),
     ("cli", "__main__"),
@@ -204,5 +204,5 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "tokenizers",
         "torchmetrics",
     }
-    optional |= {"transformers", "triton"}
+    optional |= {"cmaes", "PIL", "ray", "transformers", "triton"}
     assert not optional & set(loaded)

@@ -22,6 +22,7 @@ COMMANDS = {
         "measure layers: shapes x structures x backends, checked against float64, timed against dense",
     ),
     "describe": ("commands.describe", "what a structure at a shape is, costs and runs, from its description alone"),
+    "search": ("commands.search", "train structures under one budget and find those that lose least"),
     "tune": ("commands.tune", "choose backends ahead of time: measure layers here and remember what is fastest"),
     "train": ("recipes.command", "pretrain a language model from a recipe, dense or structured, on your text"),
     "eval": ("evaluate.cli", "loss on a text, minimal pairs and few-shot prompts for a language model"),
