@@ -31,7 +31,7 @@ LAYERS = (
     ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),
-    ("structures", "kernels", "accuracy", "machine", "conversion"),
+    ("structures", "kernels", "accuracy", "machine", "conversion", "costs"),
     ("ops",),
     ("nn",),
     (
@@ -48,8 +48,9 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
-    ("recipes",),
+    ("recipes", "advise"),
     ("report",),
+    ("scaling",),
     ("commands",),
     ("cli", "__main__"),
 )
@@ -62,7 +63,7 @@ SIDEWAYS = {
     ("train", "models"),
     ("__main__", "cli"),
 }
-WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "costs", "report", "scaling")
 
 # besides what the package of structures exports
 PUBLIC = [
@@ -199,6 +200,7 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "onnx",
         "optuna",
         "rich",
+        "scipy",
         "tokenizers",
         "torchmetrics",
     }
