@@ -4,10 +4,10 @@
     PYTHONPATH=src STRUCTLIN_DATA=stsb.jsonl python benchmarks/advise.py results/advise-stsb-cpu.json
 
 Projects the linear layers of MiniLM (6 blocks of 384, sentence embeddings) to structures without any training and
-measures Spearman's correlation of cosines with the labels of half of STS-B's dev set. The score "fisher" sees sentences of its
-train set, whose labels nothing reads. STRUCTLIN_DATA is a file of JSON lines with split,
-sentence1, sentence2 and label. Beside the advice by every score stand all structures that fit every layer within the
-budget, each in all layers. docs/advise.md has the table.
+measures Spearman's correlation of cosines with the labels of half of STS-B's dev set. The score "fisher" sees sentences
+of its train set, whose labels nothing reads. STRUCTLIN_DATA is a file of JSON lines with split, sentence1, sentence2
+and label. Beside the advice by every score stand structures that fit every layer within the budget, of each family the
+largest, in all layers alike. docs/advise.md has the table.
 """
 
 from __future__ import annotations
