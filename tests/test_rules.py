@@ -48,9 +48,9 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
-    ("recipes", "advise"),
+    ("recipes",),
     ("report",),
-    ("scaling",),
+    ("scaling", "advise"),
     ("commands",),
     ("cli", "__main__"),
 )

@@ -24,6 +24,7 @@ COMMANDS = {
     "describe": ("commands.describe", "what a structure at a shape is, costs and runs, from its description alone"),
     "tune": ("commands.tune", "choose backends ahead of time: measure layers here and remember what is fastest"),
     "predict": ("commands.predict", "time and memory of layers and whole models on a device, from what it reaches"),
+    "advise": ("commands.advise", "choose structures and sizes for the layers of a model under a budget"),
     "train": ("recipes.command", "pretrain a language model from a recipe, dense or structured, on your text"),
     "eval": ("evaluate.cli", "loss on a text, minimal pairs and few-shot prompts for a language model"),
     "convert": ("commands.convert", "give a Hugging Face model folder structured layers"),

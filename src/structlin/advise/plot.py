@@ -6,17 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 from statistics import median
 
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..report.plots import COLOURS, NOTE, STYLE
 from .ceilings import Check
 
 
 def draw(checks: Mapping[str, Sequence[Check]], title: str) -> bytes:
     """One panel for each way to hold layers out, as PNG. Needs matplotlib."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from ..report.plots import COLOURS, NOTE, STYLE
-
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(checks), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
