@@ -32,6 +32,7 @@ COMMANDS = {
         "commands.densify",
         "turn the structured layers of a Hugging Face model folder into dense ones of the same function",
     ),
+    "scaling": ("commands.scaling", "fit scaling laws to training runs: loss against FLOPs, dense beside structured"),
     "finetune": ("evaluate.finetune_cli", "train a language model on a classification task and measure it"),
 }
 """Name -> module (with ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(options, command) -> status``), help."""

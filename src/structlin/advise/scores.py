@@ -151,7 +151,8 @@ def tangent_kernel(model: nn.Module, names: Sequence[str], batch: Any, seed: int
 
     with _evaluating(model):
         found = [grad(output)(chosen, example) for example in _examples(batch)]
-    grams = [rows @ rows.T for key in chosen for rows in [torch.stack([one[key].flatten() for one in found])]]
+    rows = [torch.stack([one[key].detach().flatten() for one in found]) for key in chosen]
+    grams = [matrix @ matrix.T for matrix in rows]
     return torch.stack(grams).sum(0)
 
 
