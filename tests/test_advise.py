@@ -250,7 +250,7 @@ def test_the_command_writes_rules_that_convert_takes(folder, tmp_path, capsys):
     first = json.loads(rules.read_text())
     assert cli.main(["convert", str(folder), str(tmp_path / "new"), "--rules", str(rules)]) == 0
     calibrated = ["--calibrate", str(text), "--calibrate-tokens", "128"]
-    assert cli.main(["advise", *common, "--budget", "params=0.6", "--score", "fisher", *calibrated]) == 0
+    assert cli.main(["advise", *common, "--budget", "params=0.6", *calibrated]) == 0
     assert json.loads(rules.read_text()) != first
 
 

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--candidates", nargs="+", metavar="SPEC", help="structures to try; default: a ladder of sizes of several")
     add("--calibrate", nargs="+", metavar="FILE", help="texts to run the model on")
     add("--calibrate-tokens", type=whole, default=2048, metavar="N", help="of these texts; default: 2048")
-    add("--score", default="projection", metavar="projection|fisher|ntk", help="what is minimised: the share of each "
-        "weight that is lost, the change of the model's outputs, or that of its tangent kernel; the last two need "
-        "--calibrate; default: projection")  # fmt: skip
+    add("--score", metavar="projection|fisher|ntk", help="what is minimised: the share of each weight that is lost, "
+        "the change of the model's outputs, or that of its tangent kernel; the last two need --calibrate; default: "
+        "fisher with --calibrate, else projection")  # fmt: skip
     add("--fit", default="weights", metavar="weights|inputs", help="what projections are nearest to, as structlin "
         "convert without and with --calibrate; default: weights")  # fmt: skip
     add("--policy", default="knapsack", metavar="knapsack|uniform|pixelfly", help="the best allocation, one structure "
@@ -87,6 +87,7 @@ def work(options: argparse.Namespace) -> None:
     from ..advise.scores import SCORES
 
     budget, share = read_budget(options.budget)
+    options.score = options.score or ("fisher" if options.calibrate else "projection")
     for name, allowed in (("score", SCORES), ("policy", POLICIES), ("fit", ("weights", "inputs"))):
         if getattr(options, name) not in allowed:
             raise ValueError(f"--{name}: {getattr(options, name)!r} is unknown; allowed: {', '.join(allowed)}")

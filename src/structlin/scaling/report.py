@@ -92,7 +92,7 @@ def markdown(found: Sequence[Row]) -> str:
 
 
 def write(folder: Path, curves: Sequence[Curve]) -> list[Row]:
-    """Write `FILES` into ``folder``, which is made; ``taxonomy.png`` where the taxonomy of the structures is known.
+    """Write `FILES` into ``folder``, which is made; ``taxonomy.png`` where dense ran too and widths are known.
 
     Raises:
         ValueError: for a structure with too few points for a law.
@@ -109,7 +109,7 @@ def write(folder: Path, curves: Sequence[Curve]) -> list[Row]:
     write_bytes(folder / "report.md", markdown(found).encode())
     write_bytes(folder / "flops.png", picture(runs, "flops"))
     write_bytes(folder / "seconds.png", picture(runs, "seconds"))
-    if any(curve.taxonomy for curve in curves):
+    if DENSE in runs and any(curve.taxonomy for curve in curves):
         write_bytes(folder / "taxonomy.png", by_taxonomy(runs))
     return found
 
