@@ -31,7 +31,7 @@ LAYERS = (
     ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),
-    ("structures", "kernels", "accuracy", "machine", "conversion"),
+    ("structures", "kernels", "accuracy", "machine", "conversion", "costs"),
     ("ops",),
     ("nn",),
     (
@@ -50,6 +50,7 @@ LAYERS = (
     ("models", "train", "bench", "evaluate", "hf"),
     ("recipes", "search"),
     ("report",),
+    ("scaling", "advise"),
     ("commands",),
     ("cli", "__main__"),
 )
@@ -64,7 +65,7 @@ SIDEWAYS = {
     ("train", "models"),
     ("__main__", "cli"),
 }
-WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "costs", "report", "scaling")
 
 # besides what the package of structures exports
 PUBLIC = [
@@ -201,6 +202,7 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "onnx",
         "optuna",
         "rich",
+        "scipy",
         "tokenizers",
         "torchmetrics",
     }

@@ -1,7 +1,7 @@
 """Which backend `auto` runs: measured once for a layer, a dtype, a number of tokens and a device, then looked up.
 
 A choice comes from memory, else from disk, else it is measured, and where that is not possible it follows from the cost
-rule of `structlin.analysis.predicted_cost`. Nothing is measured while PyTorch traces or captures a graph, inside a
+model of `structlin.costs`. Nothing is measured while PyTorch traces or captures a graph, inside a
 backward pass, or in one of several processes, which have to agree. A CPU runs `bmm` unless it was told to measure, so
 that results there are the same to the last bit.
 """
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import analysis
+from .. import costs
 from ..machine import describe_device, versions
 from . import joined, measure, store
 from .contract import autocast_dtype, seen_through
 from .equation import constant_when_traced
-from .lowering import Program, copied, plan_of, program
+from .lowering import Program, plan_of, program
+from .moves import kernels_on
+from .work import joined_work, work
 
 CANDIDATES = ("joined", "triton", "bmm", "dense")
 """What `auto` chooses from."""
@@ -47,7 +49,7 @@ class Key(NamedTuple):
 class Choice:
     """The backend to launch from Python (``eager``), the one inside a CUDA graph or compiled code (``graph``), and why.
 
-    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, or predicted costs in MB.
+    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, measured or predicted.
     """
 
     eager: str
@@ -75,10 +77,10 @@ class Choice:
         what = self.eager if self.eager == self.graph else f"{self.eager} from Python, {self.graph} in graphs"
         if self.why == "rule" and not self.numbers:
             return f"{what} (the default where nothing was measured)"
-        unit, form = ("ms", "{:.3f}") if self.why == "measured" else ("MB moved in the same time", "{:.1f}")
+        unit = "ms" if self.why == "measured" else "ms on an H200, predicted"
         launches = {"eager": "from Python", "graph": "in graphs"}
         parts = [
-            f"{launches[launch]} {', '.join(f'{name} {form.format(value)}' for name, value in found.items())} {unit}"
+            f"{launches[launch]} {', '.join(f'{name} {value:.3f}' for name, value in found.items())} {unit}"
             for launch, found in self.numbers.items()
         ]
         return f"{what} ({self.why}; {'; '.join(parts)})"
@@ -137,21 +139,23 @@ def settle(key: Key) -> Choice:
 
 @lru_cache(maxsize=1024)
 def rule(key: Key) -> Choice:
-    """The choice where nothing can be measured; `bmm` on a CPU."""
+    """The choice where nothing can be measured, by what an H200 would take; `bmm` on a CPU."""
     subject = _subject(key)
     if key.device.type not in MEASURED:
         return Choice("bmm", "bmm", "rule")
+    plan, ceilings = plan_of(subject.what, subject.kept), costs.HOPPER.get(key.dtype.itemsize, costs.HOPPER[4])
     found = measure.structured(subject.what, key.dtype, key.tokens, key.device)
-    ours = "triton" if "triton" in found else "bmm"
-    how = joined.joined(subject.what) if "joined" in found else None
-    plan = plan_of(subject.what, subject.kept)
+    kernels, how = kernels_on(key.device, key.dtype), joined.joined(subject.what)
+    runs = {
+        "triton" if "triton" in found else "bmm": work(subject.what, subject.kept, key.tokens, kernels, key.training)
+    }
+    if how is not None and "joined" in found:
+        runs["joined"] = joined_work(how, subject.kept, key.tokens, kernels, key.training)
+    times = {name: 1e3 * costs.seconds(run, ceilings) for name, run in runs.items()}
     numbers: dict[str, dict[str, float]] = {}
     for launch, keep in (("eager", not key.training), ("graph", False)):
-        cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep, copied(subject.what))
-        numbers[launch] = {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}
-        if how is not None:
-            both = joined.costs(how, plan, key.tokens, key.dtype.itemsize, key.training)
-            numbers[launch] |= dict(zip((ours, "joined"), both, strict=True))
+        dense = costs.seconds(costs.composed_work(plan, key.tokens, key.training, keep), ceilings)
+        numbers[launch] = times | {"dense": 1e3 * dense}
     return _fastest(numbers, "rule")
 
 

@@ -23,12 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import analysis
-from ..plan import Plan
 from . import chain
 from .contract import autocast, seen_through
 from .equation import parse
-from .lowering import Chain, Permutation, Program, copied, plan_of, program
+from .lowering import Chain, Permutation, Program, program
 from .moves import has_triton, relayout
 
 _library = torch.library.Library("structlin", "FRAGMENT")
@@ -85,11 +83,6 @@ class Joined:
     width: int
     factor: tuple[int, int, int]
     swap: tuple[tuple[int, int, int], int] | None
-
-    @property
-    def copied(self) -> float:
-        """Features of a token that joining reads and writes, as pairs of a read and a write."""
-        return self.rows * self.width * (1 + len(self.parts)) / 2
 
     def __hash__(self) -> int:
         return hash(self.whole)
@@ -175,22 +168,6 @@ def multiply(x: Tensor, factors: Sequence[Tensor], how: Joined, keep: bool = Tru
     if not how.of_input:
         return unjoin(chain.multiply(x, [weight], how.inner), text)
     return chain.multiply(join(x, text), [weight], how.inner) if keep else rejoined(x, weight, text)
-
-
-def costs(how: Joined, plan: Plan, tokens: int, itemsize: int, training: bool) -> tuple[float, float]:
-    """What a sum of the matrix ``plan`` costs term by term and as one product, as `analysis.predicted_cost` counts.
-
-    Term by term, what was written is read back to be added to, forward the output and backward the gradient of the
-    input; as one product, joining reads once and writes every part, and adding up reads every part and writes once.
-    """
-
-    def cost(plan: Plan, copied: float) -> float:
-        return analysis.predicted_cost(plan, tokens, itemsize, training, copied=copied).structured
-
-    plain, one = plan_of(how.whole), plan_of(how.inner)
-    read_back = (len(how.parts) - 1) * (plain.out_features + plain.in_features) / 4  # half a copy, in one of two passes
-    padding = cost(plan, 0) - cost(plain, 0)
-    return cost(plan, copied(how.whole) + read_back), cost(one, how.copied) + padding
 
 
 def _of(text: str) -> Joined:
