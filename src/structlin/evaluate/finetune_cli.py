@@ -13,8 +13,8 @@ from ..options import fail, lacks, whole
 from ..report import records as store
 
 DESCRIPTION = (
-    "Put a classifier on a causal language model in a folder, dense or structured, train it on a task "
-    "and measure it on the task's dev part, with standard errors."
+    "Put a classifier on a causal language model or an encoder in a folder, dense or structured, train it on a "
+    "task and measure it on the task's dev part, with standard errors."
 )
 
 
