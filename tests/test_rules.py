@@ -45,6 +45,9 @@ LAYERS = (
         "testing",
         "describe",
         "calibration",
+        "quantization",
+        "parallel",
+        "peft",
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
@@ -202,5 +205,5 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "tokenizers",
         "torchmetrics",
     }
-    optional |= {"transformers", "triton"}
+    optional |= {"peft", "torchao", "transformers", "triton"}
     assert not optional & set(loaded)
