@@ -63,6 +63,7 @@ SIDEWAYS = {
     ("densify", "surgery"),
     ("bench", "models"),
     ("train", "models"),
+    ("evaluate", "hf"),
     ("__main__", "cli"),
 }
 WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")

@@ -10,6 +10,7 @@ an encoder (BERT) reads are the fields of the task as one text or a pair, with t
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ def finetune(
     tokenizer_path: Path | None = None,
     bos: str | None = None,
     device: str = "cpu",
+    save: Path | None = None,
 ) -> Record:
     """Train the model in ``folder`` on the task ``name`` and measure it; the record is of kind "eval".
 
@@ -92,6 +94,8 @@ def finetune(
         tokenizer_path: of the tokenizer, by default ``folder``.
         bos: see `structlin.evaluate.tokens.encoder`.
         device: "cpu" or "cuda", the GPU that Trainer takes.
+        save: new folder for the trained model and its tokenizer, which ``AutoModelForSequenceClassification`` loads,
+            after ``import structlin.hf`` where it is structured; by default nothing is kept.
 
     Returns:
         A record named ``finetune/TASK``: the task's metrics with ``_stderr``, ``examples`` of dev, ``cut``, the texts
@@ -101,8 +105,7 @@ def finetune(
         ValueError: for data, a model, a tokenizer or options that do not fit.
     """
     tuning = tuning or Tuning()
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device!r} is given; allowed: cpu, or cuda where there is a GPU")
+    _refuse(device, save)
     task = tasks.task_named(name)
     rows, paths = tasks.read_task(data, name)
     tokenizer = load_tokenizer(tokenizer_path or folder)
@@ -121,6 +124,8 @@ def finetune(
     begin = time.perf_counter()
     outputs = _train(model, parts, tuning, pad, device)
     seconds = time.perf_counter() - begin
+    if save is not None:
+        _save(model, tokenizer, save)
     predicted = outputs.argmax(1) if words else outputs[:, 0]
     metrics = measure(task.metrics, predicted, torch.tensor([row["label"] for row in parts["dev"]]))
     prefix = None if encode is None else tokenizer.convert_ids_to_tokens(encode.prefix)
@@ -136,6 +141,24 @@ def finetune(
         "status": "ok",
         "error": None,
     }
+
+
+def _refuse(device: str, save: Path | None) -> None:
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is given; allowed: cpu, or cuda where there is a GPU")
+    if save is not None and save.exists():
+        raise ValueError(f"{save} exists, and nothing is overwritten; give another folder")
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the folder as a whole: under another name until it is complete."""
+    from .. import hf  # noqa: F401, which writes structures
+
+    fresh = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(folder)
 
 
 Example = dict[str, Any]

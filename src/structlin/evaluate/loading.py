@@ -1,7 +1,8 @@
 """A language model or an encoder from a folder: config of transformers, safetensors, and structures if there are any.
 
 A folder with ``structures.json`` was written by `structlin.save`, with the config added; the model is built from the
-config and `structlin.load` gives it structures and weights. Without it, the folder is one of transformers.
+config and `structlin.load` gives it structures and weights. Without it, the folder is one of transformers, written
+by ``save_pretrained`` or ``structlin convert``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if not body and _encodes(config):
             raise ValueError(f"{folder} holds an encoder ({config.model_type}); allowed: causal language models")
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "structlin":
+            from .. import hf  # noqa: F401, loads what `structlin convert` wrote
         if (folder / checkpoint.STRUCTURES).is_file():
             model = auto.from_config(config, dtype=torch.float32)
         else:
