@@ -73,12 +73,25 @@ def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     page = ROOT / "docs" / "convert.md"
     code = "".join(code for _, code in blocks(page))
     exec(compile(code, "convert.md", "exec"), {})
-    commands = re.findall(r"^structlin .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    tiny, _, _ = page.read_text(encoding="utf-8").partition("## Two pretrained models")
+    commands = re.findall(r"^structlin .*$", tiny, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
     made = {"structured", "dense-again", "dense", "monarch", "fresh", "dense-monarch"}
     assert {path.name for path in tmp_path.iterdir()} == made
+
+
+def test_convert_page_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^structlin .*$", text, re.MULTILINE)]
+    for name in {command[1] for command in commands}:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        known = capsys.readouterr().out
+        for command in commands:
+            for option in command[2:] if command[1] == name else ():
+                assert not option.startswith("--") or option in known, f"structlin {name} has no {option}"
 
 
 @pytest.mark.slow

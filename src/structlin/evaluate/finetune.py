@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def finetune(
 
     Returns:
         A record named ``finetune/TASK``: the task's metrics with ``_stderr``, ``examples`` of dev, ``cut``, the texts
-        of either part that were too long and lost their beginning, and ``seconds`` of training.
+        of either part that were too long and lost their beginning (encoders: their end), and ``seconds`` of training.
 
     Raises:
         ValueError: for data, a model, a tokenizer or options that do not fit.
@@ -108,8 +108,7 @@ def finetune(
     _refuse(device, save)
     task = tasks.task_named(name)
     rows, paths = tasks.read_task(data, name)
-    tokenizer = load_tokenizer(tokenizer_path or folder)
-    both_ways = is_encoder(folder)
+    tokenizer, both_ways = load_tokenizer(tokenizer_path or folder), is_encoder(folder)
     if both_ways and bos is not None:
         raise ValueError(f"bos={bos!r} is given; {folder} holds an encoder, whose tokenizer knows what it starts with")
     encode = None if both_ways else encoder(tokenizer, bos)
@@ -121,9 +120,7 @@ def finetune(
     parts = {part: _labelled(task, rows[part], inputs[part]) for part in tasks.PARTS}
     pad = tokenizer.pad_token_id if encode is None else encode.prefix
     model = classifier(pretrained, max(1, len(words)), pad).to(device)
-    begin = time.perf_counter()
-    outputs = _train(model, parts, tuning, pad, device)
-    seconds = time.perf_counter() - begin
+    outputs, seconds = _train(model, parts, tuning, pad, device)
     if save is not None:
         _save(model, tokenizer, save)
     predicted = outputs.argmax(1) if words else outputs[:, 0]
@@ -131,16 +128,10 @@ def finetune(
     prefix = None if encode is None else tokenizer.convert_ids_to_tokens(encode.prefix)
     config = {"model": str(folder), "prefix": prefix, **asdict(tuning)}
     config |= {"structures": structures(model), "main_metric": task.metrics[0], "data": files.source(paths)}
-    counts = {"examples": len(parts["dev"]), "cut": cut, "seconds": seconds}
-    return {
-        "kind": "eval",
-        "name": f"finetune/{name}",
-        **provenance(command, tuning.seed, torch.device(device)),  # type: ignore[typeddict-item]
-        "config": config,
-        "metrics": {**metrics, **counts},
-        "status": "ok",
-        "error": None,
-    }
+    metrics |= {"examples": len(parts["dev"]), "cut": cut, "seconds": seconds}
+    found: dict[str, Any] = provenance(command, tuning.seed, torch.device(device))
+    found |= {"kind": "eval", "name": f"finetune/{name}", "config": config, "metrics": metrics, "status": "ok"}
+    return cast(Record, {**found, "error": None})
 
 
 def _refuse(device: str, save: Path | None) -> None:
@@ -205,8 +196,11 @@ def _labelled(task: tasks.Task, rows: Sequence[dict[str, Any]], inputs: Sequence
     return [{**example, "label": label} for example, label in zip(inputs, labels, strict=True)]
 
 
-def _train(model: nn.Module, parts: dict[str, list[Example]], tuning: Tuning, pad: int, device: str) -> Tensor:
-    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``."""
+def _train(
+    model: nn.Module, parts: dict[str, list[Example]], tuning: Tuning, pad: int, device: str
+) -> tuple[Tensor, float]:
+    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``, and the seconds of
+    training."""
     import transformers
 
     def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -239,6 +233,8 @@ def _train(model: nn.Module, parts: dict[str, list[Example]], tuning: Tuning, pa
         trainer = transformers.Trainer(
             model, arguments, collate, parts["train"], parts["dev"], optimizers=(optimizer, None)
         )
+        begin = time.perf_counter()
         trainer.train()
+        seconds = time.perf_counter() - begin
         dev: Any = parts["dev"]  # a list serves as a map-style dataset
-        return torch.as_tensor(trainer.predict(dev).predictions).float()
+        return torch.as_tensor(trainer.predict(dev).predictions).float(), seconds
