@@ -259,7 +259,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 yield Case(stage, task=task)
             for share in shares:
                 for family in families:
-                    for fitted in (False, True) if stage == "project" else (options.fitted,):
+                    for fitted in {"no": (False,), "yes": (True,), "both": (False, True)}[options.fit]:
                         yield Case(stage, family, share, fitted, task)
 
 
@@ -365,7 +365,7 @@ def parsed() -> argparse.Namespace:
     add("--test-bytes", type=int, default=10**9, help="characters of the test text; default: all")
     add("--context", type=int, default=1024, help="tokens of a window of text")
     add("--fit-tokens", type=int, default=8192, help="inputs that layers are fitted to")
-    add("--fitted", action="store_true", help="recover, tasks: start from layers that were fitted to inputs")
+    add("--fit", default="no", choices=("no", "yes", "both"), help="layers to inputs; default: no, to weights alone")
     add("--train-tokens", type=int, default=4_000_000, help="recover: of the training text")
     add("--steps", type=int, default=400, help="recover: of distillation")
     add("--batch", type=int, default=32, help="recover: windows of a step")

@@ -167,10 +167,10 @@ def check(layer: StructuredLinear, mesh: DeviceMesh) -> None:
     """
     if mesh.ndim != 1:
         raise ValueError(f"a mesh of {mesh.ndim} dimensions is given; allowed: one, as mesh['tp'] of a larger one")
-    if type(layer) is not StructuredLinear:
-        raise ValueError(f"is a {type(layer).__name__}; allowed: StructuredLinear itself")
     if parametrize.is_parametrized(layer) or "guide" in layer._modules:
         raise ValueError("has normalised, masked or quantized factors or a guide; shard a plain layer")
+    if type(layer) is not StructuredLinear:
+        raise ValueError(f"is a {type(layer).__name__}; allowed: StructuredLinear itself")
     for term in layer.plan.terms:
         _slice(layer.plan, term, mesh.size())
 
