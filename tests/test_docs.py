@@ -69,6 +69,7 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "convert.md"
     code = "".join(code for _, code in blocks(page))
