@@ -67,6 +67,7 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.router" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")

@@ -19,7 +19,7 @@ from .nn.kinds import StructuredConv
 Config = TypeVar("Config", bound=LoraConfig)
 
 
-class LoraStructured(Linear):
+class LoraStructured(Linear):  # type: ignore[misc]
     """A `StructuredLinear` and what its adapters add; the layer itself is frozen by peft.
 
     Raises:
