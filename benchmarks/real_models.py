@@ -173,7 +173,7 @@ def rules_for(model: nn.Module, glob: str, family: str, share: float) -> dict[st
 def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
     """Median milliseconds of a forward pass without gradients, its peak of memory, and bytes of weights."""
     rows, columns = bench.options.speed_shape
-    ids = torch.randint(5, 1000, (rows, columns), device=bench.device)
+    ids = torch.randint(min(1000, len(bench.tokenizer)), (rows, columns), device=bench.device)
     cuda = bench.device.type == "cuda"
 
     def once() -> float:

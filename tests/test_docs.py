@@ -175,6 +175,48 @@ def test_measured_tables_are_those_of_the_record() -> None:
     assert not missing, "\n".join(missing)
 
 
+def pretrained_rows(path: Path) -> list[str]:
+    """The tables of docs/convert.md on pretrained models, from a record of benchmarks/real_models.py."""
+    rows, tasks = [], {}
+    for record in records.read(path):
+        metrics, config = record["metrics"], record["config"]
+        if config["stage"] == "tasks":
+            name = record["name"].removeprefix(f"tasks {config['task']} ")
+            tasks.setdefault(name, {})[config["task"]] = metrics
+            continue
+        if record["status"] == "failed":
+            rows.append(f"| {record['name']} | cannot be done: {record['error']} |")
+            continue
+        cells = ["-", "-", "-"]
+        if "params" in metrics:
+            cells = [f"{100 * metrics[key]:.1f}" for key in ("params", "flops")] + [f"{metrics['error']:.3f}"]
+        cells.append(f"{metrics['weight_bytes'] / 1e6:.1f}")
+        if record["device"]["type"] == "cuda":  # times of a CPU that others use too say nothing
+            cells += [f"{metrics['forward_ms']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}"]
+        scores = [f"{metrics['pearson']:.3f}"] if "pearson" in metrics else []
+        if "loss" in metrics:
+            scores = [f"{metrics['loss']:.2f}", f"{100 * metrics['blimp']:.1f}"]
+        rows.append(f"| {' | '.join([record['name'], *cells, *scores])} |")
+    for name, by in tasks.items():
+        scores = [f"{100 * metrics['score']:.1f}" for metrics in by.values()]
+        mean = sum(metrics["score"] for metrics in by.values()) / len(by)
+        seconds, dense = (sum(m["seconds"] for m in found.values()) for found in (by, tasks["dense"]))
+        cells = [f"{100 * mean:.1f}", *scores, f"{dense / seconds:.2f}"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+PRETRAINED = sorted(path for glob in ("minilm*", "smollm2*") for path in (ROOT / "results").glob(f"{glob}.json"))
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_tables_of_pretrained_models_are_those_of_the_records(path: Path) -> None:
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert path.name in page, f"docs/convert.md does not link {path.name}"
+    missing = [row for row in pretrained_rows(path) if row not in page]
+    assert not missing, "\n".join(missing)
+
+
 def learning_rate_rows() -> list[str]:
     """The table of docs/learning-rates.md, from the record that it quotes."""
     curves: dict[tuple[str, str, int], dict[float, float]] = {}

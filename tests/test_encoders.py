@@ -104,10 +104,15 @@ def test_what_an_encoder_cannot_do_is_said(folder: Path, tmp_path: Path, capsys:
 def test_pairs_are_learned_and_the_result_is_kept(folder: Path, tmp_path: Path) -> None:
     texts = [("a", "b"), ("c", "d"), ("a", "d"), ("c", "b")]
     rows = [
-        {"sentence1": first, "sentence2": f"{second} a " * (1 + 9 * (i == 0)), "label": int(first == "a"), "split": part}
+        {
+            "sentence1": a,
+            "sentence2": f"{b} a " * (1 + 9 * (i == 0)),
+            "label": int(a == "a"),
+            "split": part,
+        }
         for part in ("train", "dev")
         for i in range(4)
-        for first, second in texts
+        for a, b in texts
     ]
     write(tmp_path, "mrpc", rows)
     model = load_model(folder, body=True)
