@@ -71,18 +71,33 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.router" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "convert.md"
     code = "".join(code for _, code in blocks(page))
     exec(compile(code, "convert.md", "exec"), {})
-    commands = re.findall(r"^structlin .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    tiny, _, _ = page.read_text(encoding="utf-8").partition("## Two pretrained models")
+    commands = re.findall(r"^structlin .*$", tiny, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
     made = {"structured", "dense-again", "dense", "monarch", "fresh", "dense-monarch"}
     assert {path.name for path in tmp_path.iterdir()} == made
+
+
+def test_convert_page_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [shlex.split(line) for line in re.findall(r"^structlin .*$", text, re.MULTILINE)]
+    for name in {command[1] for command in commands}:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        known = capsys.readouterr().out
+        for command in commands:
+            for option in command[2:] if command[1] == name else ():
+                assert not option.startswith("--") or option in known, f"structlin {name} has no {option}"
 
 
 @pytest.mark.slow
@@ -161,6 +176,48 @@ def block_rows() -> list[str]:
 def test_measured_tables_are_those_of_the_record() -> None:
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     missing = [row for row in measured_rows() + block_rows() if row not in page]
+    assert not missing, "\n".join(missing)
+
+
+def pretrained_rows(path: Path) -> list[str]:
+    """The tables of docs/convert.md on pretrained models, from a record of benchmarks/real_models.py."""
+    rows, tasks = [], {}
+    for record in records.read(path):
+        metrics, config = record["metrics"], record["config"]
+        if config["stage"] == "tasks":
+            name = record["name"].removeprefix(f"tasks {config['task']} ")
+            tasks.setdefault(name, {})[config["task"]] = metrics
+            continue
+        if record["status"] == "failed":
+            rows.append(f"| {record['name']} | cannot be done: {record['error']} |")
+            continue
+        cells = ["-", "-", "-"]
+        if "params" in metrics:
+            cells = [f"{100 * metrics[key]:.1f}" for key in ("params", "flops")] + [f"{metrics['error']:.3f}"]
+        cells.append(f"{metrics['weight_bytes'] / 1e6:.1f}")
+        if record["device"]["type"] == "cuda":  # times of a CPU that others use too say nothing
+            cells += [f"{metrics['forward_ms']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}"]
+        scores = [f"{metrics['pearson']:.3f}"] if "pearson" in metrics else []
+        if "loss" in metrics:
+            scores = [f"{metrics['loss']:.2f}", f"{100 * metrics['blimp']:.1f}"]
+        rows.append(f"| {' | '.join([record['name'], *cells, *scores])} |")
+    for name, by in tasks.items():
+        scores = [f"{100 * metrics['score']:.1f}" for metrics in by.values()]
+        mean = sum(metrics["score"] for metrics in by.values()) / len(by)
+        seconds, dense = (sum(m["seconds"] for m in found.values()) for found in (by, tasks["dense"]))
+        cells = [f"{100 * mean:.1f}", *scores, f"{dense / seconds:.2f}"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+PRETRAINED = sorted(path for glob in ("minilm*", "smollm2*") for path in (ROOT / "results").glob(f"{glob}.json"))
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_tables_of_pretrained_models_are_those_of_the_records(path: Path) -> None:
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert path.name in page, f"docs/convert.md does not link {path.name}"
+    missing = [row for row in pretrained_rows(path) if row not in page]
     assert not missing, "\n".join(missing)
 
 

@@ -45,6 +45,9 @@ LAYERS = (
         "testing",
         "describe",
         "calibration",
+        "quantization",
+        "parallel",
+        "peft",
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
@@ -206,5 +209,5 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "tokenizers",
         "torchmetrics",
     }
-    optional |= {"cmaes", "PIL", "ray", "transformers", "triton"}
+    optional |= {"cmaes", "peft", "PIL", "ray", "torchao", "transformers", "triton"}
     assert not optional & set(loaded)

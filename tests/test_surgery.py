@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import structlin as sl
+from structlin.ops import choice
 from structlin.testing import assert_close
 
 MONARCH, DYAD, LOW_RANK = sl.Monarch(nblocks=2), sl.Dyad(nblocks=4), sl.LowRank(rank=4)
@@ -115,8 +116,8 @@ def test_a_swap_says_what_it_costs():
 
 def test_a_conversion_prints_as_a_table_with_totals():
     lines = str(sl.to_structured_(nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16)), {"*": LOW_RANK})).splitlines()
-    assert lines[0].split() == ["layer", "shape", "spec", "params", "of", "dense", "FLOPs/token", "of", "dense"]
-    assert lines[1].split() == ["0", "24x16", "low_rank:rank=4", "160", "41.7%", "320", "41.7%"]
+    assert lines[0].split() == ["layer", "shape", "spec", "params", "of", "dense", "FLOPs/token", "of", "dense", "pays"]
+    assert lines[1].split()[:7] == ["0", "24x16", "low_rank:rank=4", "160", "41.7%", "320", "41.7%"]
     assert lines[-1].split() == ["total", "320", "41.7%", "640", "41.7%"]
 
 
@@ -380,3 +381,35 @@ def test_a_layer_deep_inside_is_found_and_replaced():
     (swap,) = sl.to_structured_(model, {"*.last": MONARCH})
     assert swap.name.count(".") == 100
     assert isinstance(core.last, sl.StructuredLinear)
+
+
+def test_the_table_says_what_pays_here_and_how_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("STRUCTLIN_CACHE_DIR", str(tmp_path))
+    choice.forget()
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(64, 48), nn.Linear(8, 8))
+    rules = {"0": sl.Monarch(nblocks=4), "1": sl.LowRank(rank=40), "2": sl.MoE(sl.LowRank(rank=2), 4, 1)}
+    planned = sl.to_structured_(model, rules, dry_run=True)
+    assert [swap.known_by for swap in planned] == ["rule", "rule", None]
+    cost = sl.analysis.predicted_cost(sl.Monarch(nblocks=4).plan(2048, 2048), 256, 4, keep=True)
+    assert planned[0].speedup == pytest.approx(cost.dense / cost.structured, rel=0.2)  # copies come on top
+    assert planned[0].speedup > 1 > planned[1].speedup
+    yes, no, unknown = str(planned).splitlines()[1:4]
+    assert f"yes: {planned[0].speedup:.2f}x by the rule" in yes
+    assert f"no: {planned[1].speedup:.2f}x by the rule" in no
+    assert unknown.endswith("  -")
+    layer = sl.StructuredLinear(64, 48, sl.LowRank(rank=40))
+    (tuned,) = sl.tune(layer, 256, training=False)
+    times = tuned.choice.numbers["eager"]
+    choice.forget()  # it stays on disk
+    measured = sl.to_structured_(model, rules, dry_run=True)
+    assert [swap.known_by for swap in measured] == ["rule", "measured", None]
+    assert measured[1].speedup == pytest.approx(times["dense"] / times["bmm"])
+    choice.forget()
+
+
+def test_a_model_without_values_is_judged_for_the_device_there_is():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(512, 512))
+    (swap,) = sl.to_structured_(model, {"0": sl.Monarch(nblocks=4)}, dry_run=True)
+    assert swap.known_by in ("rule", "measured")
+    assert swap.speedup > 0

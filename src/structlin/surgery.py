@@ -17,6 +17,7 @@ from .nn import RoutedLinear, StructuredLinear, layer_of
 from .nn.init import check as check_init
 from .nn.kinds import StructuredConv, kind_of
 from .nn.projection import check
+from .nn.worth import speedup
 from .progress import shown
 from .spec import Spec
 from .structures import MoE
@@ -54,7 +55,8 @@ def to_structured_(
             `project`; layers without any are fitted to their weight. `structlin.calibration` records them.
 
     Returns:
-        The swapped layers, with their costs beside dense ones, and the error of the projection.
+        The swapped layers, with their costs beside dense ones, whether they pay on the device of their weight, and the
+        error of the projection.
 
     Raises:
         ValueError: one message with every problem: a shape that does not fit, a rule that matches nothing, a weight
@@ -100,7 +102,8 @@ def planned(model: nn.Module, rules: Mapping[str, Spec | None], weights: str) ->
             plan = spec.plan(*shape)
             if weights == "project":
                 check(plan, _kind(dense).as_matrix(dense.get_parameter("weight")), spec.masks(plan))
-            conversion.append(swap(name, spec, plan))
+            weight = dense.get_parameter("weight")
+            conversion.append(swap(name, spec, plan, *speedup(plan, weight.device, weight.dtype)))
         except ValueError as error:
             problems.append(f"{name} ({shape[0]}x{shape[1]}): {error}")
     return conversion, problems

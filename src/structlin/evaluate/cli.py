@@ -12,12 +12,12 @@ from ..report import records as store
 from ..report.records import Record
 
 DESCRIPTION = (
-    "Evaluate a causal language model in a folder, dense or structured: loss, perplexity and bits per "
-    "byte on a text, accuracy on minimal pairs (BLiMP), k-shot prompts over classification tasks. Print a table "
-    "with standard errors and write records."
+    "Evaluate a language model in a folder, dense or structured: loss, perplexity and bits per byte on a text, "
+    "accuracy on minimal pairs (BLiMP), k-shot prompts over classification tasks, and, for encoders, the similarity of "
+    "sentences (STS-B). Print a table with standard errors and write records."
 )
 
-TASKS = ("loss", "blimp", "kshot")
+TASKS = ("loss", "blimp", "kshot", "sts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="TASK=PATH",
-        help="of every task: loss=text or .jsonl, blimp=.jsonl or a folder, kshot=a folder of TASK.jsonl or .tsv",
+        help="of every task: loss=text or .jsonl, blimp=.jsonl or a folder, kshot=a folder of TASK.jsonl or .tsv, "
+        "sts=a folder with stsb.jsonl or .tsv",
     )
     add("--tokenizer", metavar="PATH", help="tokenizer.json or a folder with one; default: that of MODEL_DIR")
     add(

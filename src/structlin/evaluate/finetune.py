@@ -1,14 +1,16 @@
 """``structlin finetune``: a pretrained model with a fresh classifier on top, trained on one task, measured on its dev
 part.
 
-The loop is transformers' Trainer; ours are the rates of structured layers, through its hook for optimizers. The input
-is the prompt of the task without an answer, the same text that k-shot prompts ask, after the prefix token; the
-classifier reads the last token of it, as transformers' decoders with a sequence classification head do.
+The loop is transformers' Trainer; ours are the rates of structured layers, through its hook for optimizers. What a
+causal model reads is the prompt of the task without an answer, the same text that k-shot prompts ask, after the prefix
+token; the classifier reads the last token of it, as transformers' decoders with a sequence classification head do. What
+an encoder (BERT) reads are the fields of the task as one text or a pair, with the special tokens of its tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from ..machine import provenance
 from ..optim import param_groups
 from ..report.records import Record
 from . import files, tasks
-from .loading import check_vocabulary, load_model, load_tokenizer
+from .loading import check_vocabulary, is_encoder, load_model, load_tokenizer
 from .metrics import measure
 from .run import structures
 from .score import context_of
@@ -51,18 +53,17 @@ class Tuning:
                 raise ValueError(f"{name}={value} is given; allowed: {least} and more")
 
 
-def classifier(causal: nn.Module, labels: int, pad: int) -> nn.Module:
-    """The body of ``causal``, a causal model of transformers, with a fresh head for ``labels`` classes, one for a
-    number.
+def classifier(pretrained: nn.Module, labels: int, pad: int) -> nn.Module:
+    """The body of ``pretrained``, a model of transformers, with a fresh head for ``labels`` classes, one for a number.
 
     Args:
-        causal: its body is taken over, not copied.
+        pretrained: a causal model or an encoder; its body is taken over, not copied.
         labels: outputs of the head.
-        pad: id of the token that fills up batches; the head reads the last token that is another.
+        pad: id of the token that fills up batches; the head of a causal model reads the last token that is another.
     """
     import transformers
 
-    source: Any = causal
+    source: Any = pretrained
     config = copy.deepcopy(source.config)
     config.num_labels, config.pad_token_id = labels, pad
     model: Any = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -80,6 +81,7 @@ def finetune(
     tokenizer_path: Path | None = None,
     bos: str | None = None,
     device: str = "cpu",
+    save: Path | None = None,
 ) -> Record:
     """Train the model in ``folder`` on the task ``name`` and measure it; the record is of kind "eval".
 
@@ -92,75 +94,123 @@ def finetune(
         tokenizer_path: of the tokenizer, by default ``folder``.
         bos: see `structlin.evaluate.tokens.encoder`.
         device: "cpu" or "cuda", the GPU that Trainer takes.
+        save: new folder for the trained model and its tokenizer, which ``AutoModelForSequenceClassification`` loads,
+            after ``import structlin.hf`` where it is structured; by default nothing is kept.
 
     Returns:
         A record named ``finetune/TASK``: the task's metrics with ``_stderr``, ``examples`` of dev, ``cut``, the texts
-        of either part that were too long and lost their beginning, and ``seconds`` of training.
+        of either part that were too long and lost their beginning (encoders: their end), and ``seconds`` of training.
 
     Raises:
         ValueError: for data, a model, a tokenizer or options that do not fit.
     """
     tuning = tuning or Tuning()
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device!r} is given; allowed: cpu, or cuda where there is a GPU")
+    _refuse(device, save)
     task = tasks.task_named(name)
     rows, paths = tasks.read_task(data, name)
-    tokenizer = load_tokenizer(tokenizer_path or folder)
-    encode = encoder(tokenizer, bos)
+    tokenizer, both_ways = load_tokenizer(tokenizer_path or folder), is_encoder(folder)
+    if both_ways and bos is not None:
+        raise ValueError(f"bos={bos!r} is given; {folder} holds an encoder, whose tokenizer knows what it starts with")
+    encode = None if both_ways else encoder(tokenizer, bos)
     torch.manual_seed(tuning.seed)
-    causal = load_model(folder, device)
-    check_vocabulary(causal, tokenizer)
+    pretrained = load_model(folder, device, body=both_ways)
+    check_vocabulary(pretrained, tokenizer)
     words = list(task.words)
-    parts, cut = _examples(task, rows, encode, context_of(causal))
-    model = classifier(causal, max(1, len(words)), encode.prefix).to(device)
-    begin = time.perf_counter()
-    outputs = _train(model, parts, tuning, encode.prefix, device)
-    seconds = time.perf_counter() - begin
+    inputs, cut = _inputs(task, rows, tokenizer, encode, context_of(pretrained))
+    parts = {part: _labelled(task, rows[part], inputs[part]) for part in tasks.PARTS}
+    pad = tokenizer.pad_token_id if encode is None else encode.prefix
+    model = classifier(pretrained, max(1, len(words)), pad).to(device)
+    outputs, seconds = _train(model, parts, tuning, pad, device)
+    if save is not None:
+        _save(model, tokenizer, save)
     predicted = outputs.argmax(1) if words else outputs[:, 0]
     metrics = measure(task.metrics, predicted, torch.tensor([row["label"] for row in parts["dev"]]))
-    config = {"model": str(folder), "prefix": tokenizer.convert_ids_to_tokens(encode.prefix), **asdict(tuning)}
+    prefix = None if encode is None else tokenizer.convert_ids_to_tokens(encode.prefix)
+    config = {"model": str(folder), "prefix": prefix, **asdict(tuning)}
     config |= {"structures": structures(model), "main_metric": task.metrics[0], "data": files.source(paths)}
-    counts = {"examples": len(parts["dev"]), "cut": cut, "seconds": seconds}
-    return {
-        "kind": "eval",
-        "name": f"finetune/{name}",
-        **provenance(command, tuning.seed, torch.device(device)),  # type: ignore[typeddict-item]
-        "config": config,
-        "metrics": {**metrics, **counts},
-        "status": "ok",
-        "error": None,
-    }
+    metrics |= {"examples": len(parts["dev"]), "cut": cut, "seconds": seconds}
+    found: dict[str, Any] = provenance(command, tuning.seed, torch.device(device))
+    found |= {"kind": "eval", "name": f"finetune/{name}", "config": config, "metrics": metrics, "status": "ok"}
+    return cast(Record, {**found, "error": None})
 
 
-def _examples(
-    task: tasks.Task, rows: Mapping[str, Sequence[dict[str, Any]]], encode: Encoder, limit: int | None
-) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """Ids and label of every row by part, and how many texts were cut to fit."""
-    words = list(task.words)
-    parts: dict[str, list[dict[str, Any]]] = {}
+def _refuse(device: str, save: Path | None) -> None:
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is given; allowed: cpu, or cuda where there is a GPU")
+    if save is not None and save.exists():
+        raise ValueError(f"{save} exists, and nothing is overwritten; give another folder")
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the folder as a whole: under another name until it is complete."""
+    from .. import hf  # noqa: F401, which writes structures
+
+    fresh = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(folder)
+
+
+Example = dict[str, Any]
+"""Token ids, what else the tokenizer gives for each of them, and the label."""
+
+
+def _inputs(
+    task: tasks.Task,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    tokenizer: Any,
+    encode: Encoder | None,
+    limit: int | None,
+) -> tuple[dict[str, list[Example]], int]:
+    """What the model reads for every row, by part, and how many texts were cut to fit."""
+    found: dict[str, list[Example]] = {}
     cut = 0
     for part in tasks.PARTS:
+        if encode is None:
+            first, second = zip(*(_fields(task, row) for row in rows[part]), strict=True)
+            pairs = {"text": list(first), "text_pair": list(second) if any(second) else None}
+            lengths = [len(ids) for ids in tokenizer(**pairs, verbose=False)["input_ids"]]
+            cut += 0 if limit is None else sum(length > limit for length in lengths)
+            given = tokenizer(**pairs, truncation=limit is not None, max_length=limit)
+            columns = zip(*given.values(), strict=True)
+            found[part] = [dict(zip(given.keys(), values, strict=True)) for values in columns]
+            continue
         encoded = encode.encode([task.text(row) for row in rows[part]])
         room = max(map(len, encoded)) if limit is None else limit - 1
         cut += sum(len(ids) > room for ids in encoded)
-        labels = [words.index(str(row["label"])) if words else float(row["label"]) for row in rows[part]]
-        texts = ([encode.prefix, *ids[max(0, len(ids) - room) :]] for ids in encoded)
-        parts[part] = [{"input_ids": ids, "label": label} for ids, label in zip(texts, labels, strict=True)]
-    return parts, cut
+        texts = [[encode.prefix, *ids[max(0, len(ids) - room) :]] for ids in encoded]
+        found[part] = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts]
+    return found, cut
 
 
-def _train(model: nn.Module, parts: dict[str, list[dict[str, Any]]], tuning: Tuning, pad: int, device: str) -> Tensor:
-    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``."""
+def _fields(task: tasks.Task, row: dict[str, Any]) -> tuple[str, str]:
+    """The first field of a row, and the others as one text."""
+    first, *others = (str(row[field]) for field in task.fields)
+    return first, " ".join(others)
+
+
+def _labelled(task: tasks.Task, rows: Sequence[dict[str, Any]], inputs: Sequence[Example]) -> list[Example]:
+    words = list(task.words)
+    labels = [words.index(str(row["label"])) if words else float(row["label"]) for row in rows]
+    return [{**example, "label": label} for example, label in zip(inputs, labels, strict=True)]
+
+
+def _train(
+    model: nn.Module, parts: dict[str, list[Example]], tuning: Tuning, pad: int, device: str
+) -> tuple[Tensor, float]:
+    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``, and the seconds of
+    training."""
     import transformers
 
-    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         length = max(len(example["input_ids"]) for example in examples)
-        ids = torch.full((len(examples), length), pad)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
-            mask[row, : len(example["input_ids"])] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([x["label"] for x in examples])}
+        batch = {}
+        for name in examples[0].keys() - {"label"}:
+            fill = pad if name == "input_ids" else 0
+            rows = [[*example[name], *[fill] * (length - len(example[name]))] for example in examples]
+            batch[name] = torch.tensor(rows)
+        return {**batch, "labels": torch.tensor([example["label"] for example in examples])}
 
     optimizer = torch.optim.AdamW(param_groups(model, tuning.lr, tuning.weight_decay))
     # Trainer prints its logs; standard output is for results
@@ -183,6 +233,8 @@ def _train(model: nn.Module, parts: dict[str, list[dict[str, Any]]], tuning: Tun
         trainer = transformers.Trainer(
             model, arguments, collate, parts["train"], parts["dev"], optimizers=(optimizer, None)
         )
+        begin = time.perf_counter()
         trainer.train()
+        seconds = time.perf_counter() - begin
         dev: Any = parts["dev"]  # a list serves as a map-style dataset
-        return torch.as_tensor(trainer.predict(dev).predictions).float()
+        return torch.as_tensor(trainer.predict(dev).predictions).float(), seconds

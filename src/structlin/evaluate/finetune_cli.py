@@ -13,8 +13,8 @@ from ..options import fail, lacks, whole
 from ..report import records as store
 
 DESCRIPTION = (
-    "Put a classifier on a causal language model in a folder, dense or structured, train it on a task "
-    "and measure it on the task's dev part, with standard errors."
+    "Put a classifier on a causal language model or an encoder in a folder, dense or structured, train it on a "
+    "task and measure it on the task's dev part, with standard errors."
 )
 
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-steps", type=whole, default=0, metavar="N", help="default: 0")
     add("--seed", type=whole, default=0, metavar="N", help="of the head and the order of examples; default: 0")
     add("--device", metavar="cpu|cuda", help="default: cuda if there is a GPU, else cpu")
+    add("--save", metavar="DIR", help="write the trained model here, a new folder of transformers")
     add("--out", metavar="FILE.json", help="write the record here")
 
 
@@ -52,7 +53,8 @@ def main(options: argparse.Namespace, command: str) -> int:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Path(options.tokenizer) if options.tokenizer else None
         folder, data = Path(options.model), Path(options.data)
-        record = finetune(folder, options.task, data, command, tuning, tokenizer, options.bos, device)
+        save = Path(options.save) if options.save else None
+        record = finetune(folder, options.task, data, command, tuning, tokenizer, options.bos, device, save)
         if options.out:
             store.write(options.out, [record])
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""A language model from a folder: a config of transformers, weights in safetensors, and structlin's structures if any.
+"""A language model or an encoder from a folder: config of transformers, safetensors, and structures if there are any.
 
 A folder with ``structures.json`` was written by `structlin.save`, with the config added; the model is built from the
-config and `structlin.load` gives it structures and weights. Without it, the folder is one of transformers.
+config and `structlin.load` gives it structures and weights. Without it, the folder is one of transformers, written
+by ``save_pretrained`` or ``structlin convert``.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from .. import checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> nn.Module:
+def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: bool = False) -> nn.Module:
     """The causal language model in ``folder``, in eval mode, without a cache of keys and values.
 
     Args:
         folder: holds ``config.json``, and ``model.safetensors`` with ``structures.json`` or weights of transformers.
         device: where to put it.
         dtype: "float32" or "bfloat16", of all weights.
+        body: load it without a head, as encoders (BERT) are loaded; it gives hidden states.
 
     Raises:
         ValueError: for a folder without these files, a config that transformers does not know, weights that do not fit
             or leave some of the model without values, and an unknown dtype.
     """
     transformers: Any = _transformers()
-    from .. import hf  # noqa: F401, structures fit the layers of GPT-2 from here on
+    from .. import hf
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is given; allowed: {', '.join(DTYPES)}")
@@ -38,12 +40,17 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> nn.
         raise ValueError(f"{folder} has no config.json; allowed: folders of a transformers config and its weights")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no weights; allowed: safetensors")
+    auto = transformers.AutoModel if body else transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if not body and _encodes(config):
+            raise ValueError(f"{folder} holds an encoder ({config.model_type}); allowed: causal language models")
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "structlin":
+            from .. import hf  # noqa: F401, loads what `structlin convert` wrote
         if (folder / checkpoint.STRUCTURES).is_file():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
         else:
-            model = _pretrained(transformers, folder)
+            model = _pretrained(auto, folder)
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
     if (folder / checkpoint.STRUCTURES).is_file():
@@ -51,6 +58,26 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> nn.
     model.config.use_cache = False
     found: nn.Module = model.to(device=device, dtype=DTYPES[dtype]).eval()
     return found
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether ``folder`` holds a bidirectional encoder, as BERT, and no causal language model.
+
+    Raises:
+        ValueError: for a folder whose config cannot be read.
+    """
+    transformers: Any = _transformers()
+    try:
+        return _encodes(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no config.json that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _encodes(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    both_ways = not getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
+    return config.model_type in MASKED and both_ways
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -86,8 +113,8 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def _pretrained(transformers: Any, folder: Path) -> Any:
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+def _pretrained(auto: Any, folder: Path) -> Any:
+    model, report = auto.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     problems = {key: sorted(map(str, report[key])) for key in ("missing_keys", "mismatched_keys") if report.get(key)}

@@ -15,8 +15,8 @@ from torch import nn
 from ..machine import provenance
 from ..nn import StructuredLinear
 from ..report.records import Record
-from . import blimp, files, kshot, loss, tasks
-from .loading import check_vocabulary, load_model, load_tokenizer
+from . import blimp, files, kshot, loss, sts, tasks
+from .loading import check_vocabulary, is_encoder, load_model, load_tokenizer
 from .score import context_of
 from .tokens import Encoder, encoder
 
@@ -54,7 +54,7 @@ class Job:
 
 
 def evaluate(settings: Settings, command: str) -> list[Record]:
-    """Records of kind "eval", named ``loss``, ``blimp`` and ``kshot/TASK``; docs/evaluate.md says what they hold.
+    """Records of kind "eval", named ``loss``, ``blimp``, ``kshot/TASK`` or ``sts``; see docs/evaluate.md.
 
     All data is read and checked before the model runs.
 
@@ -66,14 +66,19 @@ def evaluate(settings: Settings, command: str) -> list[Record]:
     allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
     if device not in allowed:
         raise ValueError(f"--device: {device} is given; allowed: {', '.join(allowed)}")
+    alone = "sts" in settings.data
+    if alone and len(settings.data) > 1:
+        raise ValueError("--tasks: sts is about embeddings and runs alone; give the other tasks in another command")
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)
-    encode = encoder(tokenizer, settings.bos)
-    model = load_model(settings.model, device, settings.dtype)
+    if not alone and is_encoder(settings.model):
+        raise ValueError(f"{settings.model} holds an encoder; allowed: --tasks sts, or structlin finetune")
+    encode = None if alone else encoder(tokenizer, settings.bos)
+    model = load_model(settings.model, device, settings.dtype, body=alone)
     check_vocabulary(model, tokenizer)
     common = {
         "model": str(settings.model),
         "tokenizer": str(settings.tokenizer or settings.model),
-        "prefix": tokenizer.convert_ids_to_tokens(encode.prefix),
+        "prefix": None if encode is None else tokenizer.convert_ids_to_tokens(encode.prefix),
         "vocabulary": len(tokenizer),
         "dtype": settings.dtype,
         "batch_tokens": settings.batch_tokens,
@@ -81,7 +86,7 @@ def evaluate(settings: Settings, command: str) -> list[Record]:
         "structures": structures(model),
     }
     found: list[Record] = []
-    for job in _jobs(settings, model, encode):
+    for job in _similarity(settings, model, tokenizer) if encode is None else _jobs(settings, model, encode):
         begin = time.perf_counter()
         metrics = dict(job.compute())
         record: Record = {
@@ -127,6 +132,12 @@ def _jobs(settings: Settings, model: nn.Module, encode: Encoder) -> list[Job]:
         else:
             jobs += _kshot(settings, path, model, encode, context)
     return jobs
+
+
+def _similarity(settings: Settings, model: nn.Module, tokenizer: Any) -> list[Job]:
+    pairs, labels, paths = sts.read_sentences(settings.data["sts"])
+    config = {"data": files.source(paths), "pooling": "mean"}
+    return [Job("sts", config, partial(sts.similarity, model, tokenizer, pairs, labels, settings.batch_tokens))]
 
 
 def _kshot(settings: Settings, folder: Path, model: nn.Module, encode: Encoder, context: int) -> list[Job]:

@@ -1,0 +1,380 @@
+"""Pretrained models made structured: what is lost, what distillation brings back, and the time and memory they take.
+
+    python benchmarks/real_weights.py models
+    python benchmarks/real_models.py results/minilm.json --model models/minilm --data DATA
+    python benchmarks/real_models.py results/smollm2.json --model models/smollm2 --data DATA --stages project
+    python benchmarks/real_models.py results/minilm-tasks.json --model models/minilm --data DATA --stages tasks
+
+DATA holds glue/, blimp/ and text/ in the formats of docs/evaluate.md. All attention and MLP layers are swapped, each
+for the member of its family that comes nearest to a share of the dense parameters. Stages:
+
+- project: the nearest layers, with and without inputs to fit them to, and the model measured as it is then: an encoder
+  by the correlation on STS-B, a decoder by its perplexity and by minimal pairs.
+- recover: the same, after so many steps of distillation from the dense model.
+- tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S).
+
+The stages project and tasks begin with the dense model. A record is written after every case, and cases that are in the
+file already are not run again, so that a run which is cut short goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import lzma
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import structlin as sl
+from structlin import Spec
+from structlin.calibration import record_inputs
+from structlin.conversion import Conversion
+from structlin.evaluate import blimp, finetune, loss, sts
+from structlin.evaluate.loading import is_encoder, load_model, load_tokenizer
+from structlin.evaluate.metrics import pearson
+from structlin.evaluate.tokens import encoder
+from structlin.machine import provenance
+from structlin.report import records
+
+RULES = {"minilm": "*.layer.*", "smollm2": "model.layers.*"}
+FAMILIES: dict[str, Callable[[int], Spec]] = {
+    "monarch": lambda n: sl.Monarch(nblocks=4, rank=n),
+    "low_rank": lambda n: sl.LowRank(rank=n),
+    "blast": lambda n: sl.Blast(nblocks=4, rank=n),
+    "dyad": lambda n: sl.Dyad(nblocks=n),
+}
+TASKS = ("rte", "mrpc", "cola", "stsb", "sick", "qnli")
+PREFIX = "<|endoftext|>"  # what stood between documents when SmolLM2 was pretrained
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The dense model, what measures it, and what it is trained on."""
+
+    folder: Path
+    options: argparse.Namespace
+    tokenizer: Any
+    encodes: bool
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def dense(self) -> nn.Module:
+        return load_model(self.folder, self.options.device, body=self.encodes)
+
+    def text(self, part: str, tokens: int) -> list[Tensor]:
+        """Windows of ids of a part of the text, or for an encoder padded batches of sentences of GLUE tasks."""
+        if self.encodes:
+            return self.sentences(tokens)
+        ids: list[int] = []
+        for document in documents(Path(self.options.data) / "text" / f"{part}.jsonl.xz", 8 * tokens):
+            ids += self.tokenizer(PREFIX + document, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= tokens:
+                break
+        return list(torch.tensor(ids[:tokens]).split(self.options.context))
+
+    def sentences(self, tokens: int) -> list[Tensor]:
+        """Ids of sentences, one tensor each, in a shuffled order, from the training parts of tasks other than STS-B."""
+        found: list[Tensor] = []
+        for name, fields in (("sick", ("sentence1", "sentence2")), ("mrpc", ("sentence1", "sentence2")),
+                             ("qqp", ("question1", "question2")), ("sst2", ("sentence",))):  # fmt: skip
+            rows = lines(Path(self.options.data) / "glue" / f"{name}.jsonl.xz")
+            texts = [row[field] for row in rows if row["split"] == "train" for field in fields][:8000]
+            found += [torch.tensor(ids) for ids in self.tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
+        chosen, count = [], 0
+        for index in order:
+            chosen.append(found[index])
+            count += len(found[index])
+            if count >= tokens:
+                break
+        return chosen
+
+    def batches(self, windows: Sequence[Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+        """Inputs of the model, ``size`` windows at a time, over and over."""
+        while True:
+            for start in range(0, len(windows) - size + 1, size):
+                several = [window.tolist() for window in windows[start : start + size]]
+                ids, mask = sts.padded(several, self.tokenizer.pad_token_id or 0, self.device)
+                yield {"input_ids": ids, "attention_mask": mask}
+
+    def measure(self, model: nn.Module) -> dict[str, float | int | None]:
+        data, options = Path(self.options.data), self.options
+        if self.encodes:
+            pairs, labels, _ = sts.read_sentences(data / "glue")
+            pairs, labels = pairs[: options.pairs], labels[: options.pairs]
+            both = sts.embed(model, self.tokenizer, [text for pair in pairs for text in pair]).double()
+            cosines = torch.cosine_similarity(both[0::2], both[1::2])
+            return {"pearson": pearson(cosines, labels), "pairs": len(pairs)}
+        encode = encoder(self.tokenizer, PREFIX)
+        texts = list(documents(data / "text" / "test.jsonl.xz", options.test_bytes))
+        on_text = loss.text_loss(model, encode, texts, options.context)
+        paradigms: dict[str, list[blimp.Pair]] = {}
+        for pair in blimp.read_pairs(data / "blimp" / "blimp.jsonl.xz"):
+            paradigms.setdefault(pair.paradigm, []).append(pair)
+        pairs_ = [pair for several in paradigms.values() for pair in several[: options.pairs]]
+        on_pairs = blimp.blimp(model, encode, pairs_)
+        names = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "tokens")
+        kept = {"blimp": "accuracy", "blimp_stderr": "accuracy_stderr", "pairs": "pairs"}
+        return {**{name: on_text[name] for name in names}, **{new: on_pairs[name] for new, name in kept.items()}}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def documents(path: Path, size: int) -> Iterator[str]:
+    """Texts of a file, the last one cut, until they have ``size`` characters."""
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)["text"][:size]
+            size -= len(text)
+            if text:
+                yield text
+            if size <= 0:
+                return
+
+
+def nearest(family: str, rows: int, columns: int, share: float) -> Spec:
+    """The member of a family whose parameters are nearest to a share of the dense ones."""
+    made, best = FAMILIES[family], None
+    for n in range(1, min(rows, columns) + 1):
+        try:
+            params = sl.analysis.num_params(made(n).plan(rows, columns))
+        except ValueError:
+            continue
+        distance = abs(params / (rows * columns) - share)
+        best = min(best or (distance, n), (distance, n))
+    if best is None:
+        raise ValueError(f"no {family} fits {rows}x{columns}")
+    return made(best[1])
+
+
+def rules_for(model: nn.Module, glob: str, family: str, share: float) -> dict[str, Spec | None]:
+    """A rule for every layer that ``glob`` matches."""
+    layers = sl.to_structured_(model, {glob: sl.LowRank(rank=1)}, dry_run=True)
+    shapes = {(s.out_features, s.in_features) for s in layers}
+    specs = {shape: nearest(family, *shape, share) for shape in shapes}
+    return {s.name: specs[s.out_features, s.in_features] for s in layers}
+
+
+def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
+    """Median milliseconds of a forward pass without gradients, its peak of memory, and bytes of weights."""
+    rows, columns = bench.options.speed_shape
+    ids = torch.randint(min(1000, len(bench.tokenizer)), (rows, columns), device=bench.device)
+    cuda = bench.device.type == "cuda"
+
+    def once() -> float:
+        start = time.perf_counter()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if cuda:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            once()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times = [once() for _ in range(20 if cuda else 3)]
+    found = {"forward_ms": median(times), "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
+    return {**found, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+
+
+def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Sequence[Tensor]) -> dict[str, float]:
+    """Train the structured layers of ``student`` towards the outputs of ``teacher``; loss at both ends and seconds."""
+    options = bench.options
+    layers = [module for module in student.modules() if isinstance(module, sl.StructuredLinear)]
+    student.requires_grad_(False)
+    for layer in layers:
+        layer.requires_grad_(True)
+    optimizer = torch.optim.AdamW(sl.param_groups(student, options.lr))
+    steps = options.steps
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
+    losses, start = [], time.perf_counter()
+    for _, batch in zip(range(steps), bench.batches(windows, options.batch), strict=False):
+        with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.device.type == "cuda"):
+            with torch.no_grad():
+                wanted = outputs(bench, teacher, batch)
+            found = outputs(bench, student, batch)
+            if bench.encodes:
+                distance = (1 - torch.cosine_similarity(found, wanted)).mean()
+            else:
+                distance = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        optimizer.zero_grad()
+        distance.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        losses.append(distance.detach())
+    taken = time.perf_counter() - start
+    ends = max(1, steps // 10)
+    first, last = (float(torch.stack(part).float().mean()) for part in (losses[:ends], losses[-ends:]))
+    return {"distil_seconds": taken, "distil_loss_first": first, "distil_loss_last": last}
+
+
+def outputs(bench: Bench, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Embeddings of sentences, or log-probabilities (tokens, vocabulary) in float32."""
+    if bench.encodes:
+        return sts.pooled(model, batch["input_ids"], batch["attention_mask"]).float()
+    logits: Tensor = model(**batch).logits
+    return logits[batch["attention_mask"].bool()].float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one record is about; the dense model has no family."""
+
+    stage: str
+    family: str | None = None
+    share: float = 1.0
+    fitted: bool = False
+    task: str | None = None
+
+    @property
+    def name(self) -> str:
+        what = "dense" if self.family is None else f"{self.family} {self.share:.0%}" + " fitted" * self.fitted
+        return " ".join(filter(None, [self.stage, self.task, what]))
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    families, shares = options.structures.split(","), [float(share) for share in options.shares.split(",")]
+    for stage in options.stages.split(","):
+        named = options.tasks.split(",") if stage == "tasks" else [None]
+        for task in named:
+            if stage != "recover":
+                yield Case(stage, task=task)
+            for share in shares:
+                for family in families:
+                    for fitted in {"no": (False,), "yes": (True,), "both": (False, True)}[options.fit]:
+                        yield Case(stage, family, share, fitted, task)
+
+
+def structured(
+    bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]]
+) -> tuple[nn.Module, Conversion | None, dict[str, float | int | None]]:
+    """The model of a case, what was swapped, and what that cost and took."""
+    model = bench.dense()
+    total = sum(p.numel() for p in model.parameters())
+    if case.family is None:
+        return model, None, {"model_params": total}
+    rules = rules_for(model, RULES[bench.folder.name], case.family, case.share)
+    given = inputs() if case.fitted else None
+    start = time.perf_counter()
+    done = sl.to_structured_(model, rules, weights="project", inputs=given)
+    params, dense = sum(s.params for s in done), sum(s.dense_params for s in done)
+    return model, done, {
+        "project_seconds": time.perf_counter() - start,
+        "params": params / dense,
+        "flops": sum(s.flops for s in done) / sum(s.dense_flops for s in done),
+        "swapped_params": params,
+        "swapped_dense_params": dense,
+        "model_params": sum(p.numel() for p in model.parameters()),
+        "error": sum(s.error or 0.0 for s in done) / len(done),
+    }  # fmt: skip
+
+
+def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windows: Callable[[], list[Tensor]]) -> Any:
+    """The metrics of a case, and which structures were used."""
+    model, done, metrics = structured(bench, case, inputs)
+    used = sorted({f"{s.spec}@{s.out_features}x{s.in_features}" for s in done or []})
+    if case.stage == "tasks":
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made) / "model"
+            sl.save(model, folder)
+            model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+            bench.tokenizer.save_pretrained(folder)
+            data, tuning = Path(bench.options.data) / "glue", finetune.Tuning(lr=bench.options.task_lr)
+            found = finetune.finetune(folder, str(case.task), data, "", tuning, device=bench.options.device)
+        return {**metrics, **found["metrics"], "score": found["metrics"][found["config"]["main_metric"]]}, used
+    if case.stage == "recover":
+        metrics |= distil(bench, bench.dense(), model, windows())
+    return {**metrics, **bench.measure(model), **speed(bench, model)}, used
+
+
+def main() -> None:
+    options = parsed()
+    folder = Path(options.model)
+    bench = Bench(folder, options, load_tokenizer(folder), is_encoder(folder))
+    out = Path(options.out)
+    found: list[Any] = list(records.read(out)) if out.exists() else []
+    cache: dict[str, Any] = {}
+
+    def windows() -> list[Tensor]:
+        if "windows" not in cache:
+            cache["windows"] = bench.text("train", options.train_tokens)
+        return cache["windows"]  # type: ignore[no-any-return]
+
+    def inputs() -> dict[str, Tensor]:
+        if "inputs" not in cache:
+            model = bench.dense()
+            names = [s.name for s in sl.to_structured_(model, {RULES[folder.name]: sl.LowRank(rank=1)}, dry_run=True)]
+            parts = bench.text("train", options.fit_tokens)
+            batches = ({"input_ids": part[None].to(bench.device)} for part in parts)
+            cache["inputs"] = record_inputs(model, names, batches)
+        return cache["inputs"]  # type: ignore[no-any-return]
+
+    for case in cases(options):
+        if case.name in {record["name"] for record in found}:
+            continue
+        torch.manual_seed(options.seed)
+        metrics, used, error = {}, [], None
+        try:
+            metrics, used = run(bench, case, inputs, windows)
+        except ValueError as refusal:  # a structure that cannot be fitted to inputs
+            error = str(refusal).splitlines()[-1].strip()
+        settings = {**vars(options), "structures": used, "share": case.share, "family": case.family}
+        record = {
+            "kind": "eval", "name": case.name,
+            **provenance(" ".join(["python", *sys.argv]), options.seed, bench.device),
+            "config": {**settings, "stage": case.stage, "fitted": case.fitted, "task": case.task},
+            "metrics": metrics, "status": "failed" if error else "ok", "error": error,
+        }  # fmt: skip
+        found.append(record)
+        records.write(out, found)
+        told = {name: round(value, 4) for name, value in metrics.items() if value is not None}
+        print(f"{case.name}: {error or told}", flush=True)
+        gc.collect()
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", help="file of records, made or continued")
+    add("--model", required=True, help="models/minilm or models/smollm2, as real_weights.py writes them")
+    add("--data", required=True, help="folder with glue/, blimp/ and text/")
+    add("--stages", default="project,recover")
+    add("--structures", default=",".join(FAMILIES))
+    add("--shares", default="0.75,0.5,0.25", help="of the parameters of the swapped layers")
+    add("--tasks", default=",".join(TASKS))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--pairs", type=int, default=1500, help="of STS-B, or of every paradigm of BLiMP; default: 1500 (all)")
+    add("--test-bytes", type=int, default=10**9, help="characters of the test text; default: all")
+    add("--context", type=int, default=1024, help="tokens of a window of text")
+    add("--fit-tokens", type=int, default=8192, help="inputs that layers are fitted to")
+    add("--fit", default="no", choices=("no", "yes", "both"), help="layers to inputs; default: no, to weights alone")
+    add("--train-tokens", type=int, default=4_000_000, help="recover: of the training text")
+    add("--steps", type=int, default=400, help="recover: of distillation")
+    add("--batch", type=int, default=32, help="recover: windows of a step")
+    add("--lr", type=float, default=3e-4, help="recover: that of a dense layer")
+    add("--task-lr", type=float, default=5e-5, help="tasks: that of a dense layer")
+    add("--speed-shape", type=int, nargs=2, default=[32, 128], help="sequences and tokens of the timed pass")
+    add("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
