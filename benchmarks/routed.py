@@ -6,16 +6,22 @@ Layers: BTT-MoE of 8 experts, 2 for each token, beside nn.Linear and beside the 
 and multiplied by a gate of zeros, as the published code does. Blocks: a decoder block with BTT-MoE in every linear
 layer, beside a dense one and one whose MLP is the standard mixture with the active parameters of the dense MLP. The
 time is that of forward and backward, with the losses of the routers, replayed as a CUDA graph; the mixture runs as it
-is and under torch.compile. Routers are random, so that all experts have work. Nothing is timed before the mixture
-agrees with the one that computes all experts. Needs a CUDA device.
+is, under torch.compile, and with tokens sorted by expert alone. Routers are random, so that all experts have work.
+Nothing is timed before the mixture agrees with the one that computes all experts. Each problem runs in a process of its
+own, and again without a contender that fails, whose failure the record names; the file is written after each problem.
+Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +31,7 @@ from structlin.bench.timing import Clock, capture, take_turns
 from structlin.machine import provenance
 from structlin.models.gpt import Block, GPTConfig, angles
 from structlin.nn import MoEFFN, RoutedLinear, Router, routing_load, routing_loss
+from structlin.ops import mixture
 from structlin.report import records
 from structlin.testing import error
 
@@ -46,17 +53,24 @@ class AllExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (c, a, f, experts), e = self.first.shape, self.second.shape[-1]
-        _, gate, routes = self.router(x)
-        chosen = torch.empty_like(routes.choice).scatter_(0, routes.choice, owner(routes.ends, routes.choice))
-        gates = x.new_zeros(x.shape[0], experts).scatter(1, chosen.view(gate.shape), gate.to(x.dtype))
+        _, gate, chosen, _ = self.router(x)
+        gates = x.new_zeros(x.shape[0], experts).scatter(1, chosen, gate.to(x.dtype))
         z = torch.bmm(x.view(-1, c, a).transpose(0, 1), self.first.flatten(2)).view(c, -1, f, experts)
         z = (z * gates[:, None, :]).permute(2, 1, 0, 3).flatten(2)
         return torch.bmm(z, self.second.view(f, c * experts, e)).transpose(0, 1).flatten(1)
 
 
-def owner(ends: Tensor, rows: Tensor) -> Tensor:
-    """The expert of every row, in the order of the rows."""
-    return torch.searchsorted(ends, torch.arange(rows.shape[0], device=ends.device, dtype=torch.int32), right=True)
+class ByExpert(nn.Module):
+    """The layer with its tokens sorted by expert, where it would sort them by set."""
+
+    def __init__(self, routed: RoutedLinear) -> None:
+        super().__init__()
+        self.routed = routed
+
+    def forward(self, x: Tensor) -> Tensor:
+        with mock.patch.object(mixture, "few_sets", return_value=False):
+            y: Tensor = self.routed(x)
+        return y
 
 
 class OnTokens(nn.Module):
@@ -94,27 +108,37 @@ def training(module: nn.Module, run: nn.Module, x: Tensor, dy: Tensor) -> Callab
     return step
 
 
-def measure(modules: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, float]:
-    """Median milliseconds of each, replayed in turns; one that fails is left out and says why."""
+class ContenderError(RuntimeError):
+    """Name of a contender, and why it failed; the device may be of no more use to this process."""
+
+
+def measure(modules: dict[str, nn.Module], x: Tensor, dy: Tensor, without: dict[str, str]) -> dict[str, float]:
+    """Median milliseconds of each but those ``without``, replayed in turns.
+
+    Raises:
+        ContenderError: when one fails.
+    """
     graphs: dict[str, Callable[[], None]] = {}
     for name, module in modules.items():
+        if name in without:
+            continue
         try:
             run = torch.compile(module, fullgraph=True) if name.endswith("compiled") else module
-            step = training(module, run, x, dy)
-            for _ in range(3):
-                step()
-            graphs[name] = capture(step).replay
+            graphs[name] = capture(training(module, run, x, dy)).replay
         except Exception as failure:
-            print(f"  {name} failed: {failure!r}"[:600], flush=True)
+            raise ContenderError(name, repr(failure)[:600]) from failure
     times = take_turns(Clock(DEVICE), graphs, 1, REPEATS)
     return {name: 1e3 * taken.median for name, taken in times.items()}
 
 
-def note(name: str, config: dict[str, object], metrics: dict[str, float]) -> records.Record:
-    print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+def note(
+    name: str, config: dict[str, object], metrics: dict[str, float], wrong: dict[str, str], error: str | None = None
+) -> records.Record:
+    """The record of a problem; ``wrong`` says which contenders failed, ``error`` why it has no result."""
+    print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()), error or "", flush=True)
     where = provenance(" ".join(["python", *sys.argv]), SEED, DEVICE)
-    measured = {"config": config, "metrics": metrics, "status": "ok", "error": None}
-    return {"kind": "spike", "name": f"routed {name}", **where, **measured}
+    measured = {"config": config | {"failed": wrong}, "metrics": metrics, "error": error}
+    return {"kind": "spike", "name": f"routed {name}", **where, **measured, "status": "failed" if error else "ok"}
 
 
 def relative(times: dict[str, float], to: dict[str, str]) -> dict[str, float]:
@@ -125,7 +149,8 @@ def relative(times: dict[str, float], to: dict[str, str]) -> dict[str, float]:
     return metrics
 
 
-def layer(in_features: int, out_features: int, tokens: int) -> records.Record:
+def layer(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records.Record:
+    in_features, out_features = shape
     spec = sl.btt_moe(EXPERTS, TOP_K)
     torch.manual_seed(SEED)
     routed = on_device(RoutedLinear(in_features, out_features, spec, bias=False))
@@ -133,18 +158,20 @@ def layer(in_features: int, out_features: int, tokens: int) -> records.Record:
     x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE)
     dy = torch.randn(tokens, out_features, device=DEVICE, dtype=DTYPE)
     with torch.no_grad():
-        off = error(routed(x), every(x))
+        off = max(error(way(x), every(x)) for way in (routed, ByExpert(routed)))
     if not off < 0.02:
-        raise SystemExit(f"{in_features}->{out_features}: the mixture is {off:.3g} off the one of all experts")
+        raise ValueError(f"{in_features}->{out_features}: the mixture is {off:.3g} off the one of all experts")
     modules = {"dense": dense, "all_experts": every, "all_experts_compiled": every}
-    times = measure(modules | {"routed": routed, "routed_compiled": routed}, x, dy)
+    modules |= {"routed": routed, "routed_compiled": routed, "routed_by_expert": ByExpert(routed)}
+    times = measure(modules, x, dy, wrong)
     load = next(iter(routing_load(routed).values())).load
     config = {"spec": str(spec), "shape": [out_features, in_features], "tokens": tokens, "dtype": str(DTYPE)}
     metrics = relative(times, {"dense": "dense", "all_experts": "all_experts"})
-    return note(f"{in_features}->{out_features}", config, metrics | {"error": off, "largest_load": load.max().item()})
+    metrics |= {"error": off, "largest_load": load.max().item()}
+    return note(f"{in_features}->{out_features}", config, metrics, wrong)
 
 
-def block(width: int, tokens: int) -> records.Record:
+def block(width: int, tokens: int, wrong: dict[str, str]) -> records.Record:
     spec = sl.btt_moe(EXPERTS, TOP_K)
     torch.manual_seed(SEED)
     dense, standard, routed = OnTokens(width), OnTokens(width), OnTokens(width)
@@ -152,9 +179,28 @@ def block(width: int, tokens: int) -> records.Record:
     sl.to_structured_(routed, {"*": spec})
     modules = {"dense": on_device(dense), "standard_moe": on_device(standard), "routed": on_device(routed)}
     x, dy = (torch.randn(tokens, width, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    times = measure(modules | {f"{name}_compiled": module for name, module in modules.items()}, x, dy)
+    times = measure(modules | {f"{name}_compiled": module for name, module in modules.items()}, x, dy, wrong)
     config = {"spec": str(spec), "width": width, "context": CONTEXT, "tokens": tokens, "dtype": str(DTYPE)}
-    return note(f"block of width {width}", config, relative(times, {"dense": "dense", "standard_moe": "standard_moe"}))
+    metrics = relative(times, {"dense": "dense", "standard_moe": "standard_moe"})
+    return note(f"block of width {width}", config, metrics, wrong)
+
+
+def apart(
+    problem: Callable[[Any, int, dict[str, str]], records.Record], size: tuple[int, int] | int, tokens: int
+) -> records.Record:
+    """The record of a problem, each attempt in a new process, as a capture that fails leaves a device without use."""
+    wrong: dict[str, str] = {}
+    while True:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                return process.submit(problem, size, tokens, wrong).result()
+            except ContenderError as failure:
+                name, why = failure.args
+            except Exception as failure:
+                config: dict[str, object] = {"size": size, "tokens": tokens}
+                return note(f"{problem.__name__} {size}", config, {}, wrong, repr(failure)[:600])
+        print(f"  {name} failed: {why}", flush=True)
+        wrong[name] = why
 
 
 if __name__ == "__main__":
@@ -163,8 +209,10 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--blocks", type=int, nargs="*", default=[1024], help="widths of the blocks, none for no block")
     arguments = parser.parse_args()
-    found = [layer(*shape, arguments.tokens) for shape in SHAPES]
-    found += [block(width, arguments.tokens) for width in arguments.blocks]
-    records.write(arguments.out, found)
+    found: list[records.Record] = []
+    for problem, size in [*((layer, shape) for shape in SHAPES), *((block, width) for width in arguments.blocks)]:
+        found.append(apart(problem, size, arguments.tokens))
+        records.write(arguments.out, found)
     ratios = [r["metrics"]["routed_over_dense"] for r in found if "routed_over_dense" in r["metrics"]]
-    print(f"routed over dense, median of {len(ratios)}: {statistics.median(ratios):.3g}")
+    if ratios:
+        print(f"routed over dense, median of {len(ratios)}: {statistics.median(ratios):.3g}")

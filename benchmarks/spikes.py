@@ -4,7 +4,8 @@
 
 S1 a step that stores across, by GEMM and copy or by one kernel, and what the next step takes to read it; S2 copies with
 short runs; S3 weight gradients with many tokens; S4 tiny blocks; S5 DYAD's two terms; S6 host time of one operator and
-of whole layers; S7 keeping intermediates or recomputing them; S8 block-sparse products, by copies or by the table.
+of whole layers; S7 keeping intermediates or recomputing them; S8 block-sparse products, by copies or by the table, a
+low-rank term beside or in them, and their tiles; S9 bias and activation in the epilogue of a layer's last step.
 docs/log.md says what was concluded. Needs a CUDA device of compute capability 9 or more; times are medians in ms, of
 CUDA graphs where the host would be in the way.
 """
@@ -18,13 +19,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from epilogues import TILES, step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench, do_bench_cudagraph
 
 import structlin as sl
+from structlin.kernels import blocks
 from structlin.kernels.across import across
-from structlin.kernels.blocks import gradient_of_blocks, sum_of_blocks
 from structlin.kernels.relayout import exchange
 from structlin.machine import provenance
 from structlin.report import records
@@ -235,24 +238,94 @@ def sparse_blocks() -> None:
         found = x.index_select(1, index).view(TOKENS, 16, 1024)
         return torch.bmm(found.transpose(0, 1), w.view(16, 256, 1024).transpose(1, 2)).transpose(0, 1)
 
-    assert error(sum_of_blocks(x, w, table, False), gathered().double()) < 5e-3
+    assert error(blocks.sum_of_blocks(x, w, table, False), gathered().double()) < 5e-3
     dense, flat = rand(4096, 4096), x.view(TOKENS, 4096)
     row = {
         "gather_and_bmm": kernels(gathered),
-        "table": kernels(lambda: sum_of_blocks(x, w, table, False)),
-        "table_added": kernels(lambda: sum_of_blocks(x, w, table, False, dy)),
-        "table_input_gradient": kernels(lambda: sum_of_blocks(dy, w, used, True)),
-        "table_weight_gradient": kernels(lambda: gradient_of_blocks(x, dy, table)),
+        "table": kernels(lambda: blocks.sum_of_blocks(x, w, table, False)),
+        "table_added": kernels(lambda: blocks.sum_of_blocks(x, w, table, False, dy)),
+        "table_input_gradient": kernels(lambda: blocks.sum_of_blocks(dy, w, used, True)),
+        "table_weight_gradient": kernels(lambda: blocks.gradient_of_blocks(x, dy, table)),
         "mm_of_equal_flops": kernels(lambda: flat[:, :1024] @ dense[:1024]),
         "dense": kernels(lambda: flat @ dense),
     }
     note("S8", "16 blocks of 256, 4 in a row", row)
+    z, down, up = rand(TOKENS, 128), rand(128, 4096, scale=2**-6), rand(4096, 128, scale=2**-5)
+    low, to_rank, from_rank = rand(TOKENS, 4096), torch.empty_like(z), torch.empty_like(up)
+
+    def after() -> Tensor:
+        return blocks.sum_of_blocks(x, w, table, False, torch.mm(z, up.T, out=low))
+
+    def joined() -> Tensor:
+        return blocks.sum_of_blocks(x, w, table, False, pair=(z, up))
+
+    want = gathered().double().reshape(TOKENS, 4096) + z.double() @ up.double().T
+    assert error(joined().view(TOKENS, 4096), want) < 5e-3
+    row = {
+        "added_after": kernels(after),
+        "joined": kernels(joined),
+        "joined_input_gradient": kernels(lambda: blocks.sum_of_blocks(dy, w, used, True, pair=(z, down))),
+        "to_rank": kernels(lambda: torch.mm(flat, down.T, out=to_rank)),
+        "rank_weight_gradient": kernels(lambda: torch.mm(flat.T, z, out=from_rank)),
+    }
+    note("S8", "the same and rank 128", row)
+    row, processors = {}, blocks._programs(DEVICE)
+    for *tile, each in [
+        (128, 256, 8, 3, 1), (256, 128, 8, 3, 1), (128, 128, 4, 4, 1), (128, 128, 8, 4, 1), (64, 256, 4, 4, 1),
+        (128, 128, 4, 2, 2), (64, 256, 4, 2, 2), (128, 64, 4, 3, 2),
+    ]:  # fmt: skip
+        blocks._tile, blocks._programs = lambda *_, tile=tile: tile, lambda _, count=each * processors: count
+        assert error(joined().view(TOKENS, 4096), want) < 5e-3
+        row[" ".join(map(str, (*tile, each)))] = kernels(joined)
+    note("S8", "the same, by tokens, features, warps and stages of a tile and programs on a processor", row)
+
+
+def epilogues() -> None:
+    """S9: bias and GELU, or SwiGLU, in the last step of Monarch with 8 blocks, or after it by torch.compile."""
+    for name, k, n in [("monarch8 2048->8192", 256, 1024), ("monarch8 4096->16384", 512, 2048)]:
+        a, dh, bias = rand(8, k, TOKENS), rand(TOKENS, 8 * n), rand(8 * n)
+        w, v = rand(8, n, k, scale=k**-0.5), rand(8, n, k, scale=k**-0.5)
+        y, gate = (torch.empty(TOKENS, 8 * n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+
+        def bmm(w: Tensor, y: Tensor) -> Tensor:
+            torch.bmm(a.transpose(1, 2), w.mT, out=y.view(TOKENS, 8, n).transpose(0, 1))
+            return y
+
+        def gradient(y: Tensor, dh: Tensor) -> Tensor:
+            return torch.ops.aten.gelu_backward(dh, y + bias)
+
+        gelu = torch.compile(lambda y: F.gelu(y + bias))
+        swiglu = torch.compile(lambda y, gate: y * F.silu(gate))
+        slope = torch.compile(gradient)
+        slope_and_bias = torch.compile(lambda y, dh: (d := gradient(y, dh), d.sum(0)))
+        exact = bmm(w, y)[:512].double() + bias.double()
+        gated = bmm(w, y)[:512].double() * F.silu(bmm(v, gate)[:512].double())
+        wanted = {"none": y[:512].double(), "gelu": F.gelu(exact), "gelu_and_input": F.gelu(exact)}
+        wanted |= {"gelu_gradient": torch.ops.aten.gelu_backward(dh[:512].double(), exact), "swiglu": gated}
+        row = {
+            "bmm": kernels(lambda: bmm(w, y)),
+            "bmm_then_compiled_gelu": kernels(lambda: gelu(bmm(w, y))),
+            "two_bmm_then_compiled_swiglu": kernels(lambda: swiglu(bmm(w, y), bmm(v, gate))),
+            "compiled_gelu_gradient": kernels(lambda: slope(y, dh)),
+            "compiled_gelu_gradient_and_bias": kernels(lambda: slope_and_bias(y, dh)),
+        }
+        for epilogue, want in wanted.items():
+            times = {}
+            for tile in TILES:
+                try:
+                    assert error(step(a, w, epilogue, tile, bias, v, dh)[0][:512], want) < 1e-2
+                except OutOfResources:
+                    continue
+                times[tile] = kernels(lambda: step(a, w, epilogue, tile, bias, v, dh))
+            row[f"kernel_{epilogue}"] = min(times.values())
+            row[f"kernel_{epilogue}_tile"] = TILES.index(min(times, key=times.__getitem__))
+        note("S9", f"{name}, last step", row)
 
 
 if __name__ == "__main__":
     torch.manual_seed(SEED)
     spikes = {"S1": across_steps, "S3": weight_gradients, "S4": tiny_blocks, "S5": dyad_terms, "S6": host_time}
-    spikes |= {"S7": recompute, "S8": sparse_blocks}
+    spikes |= {"S7": recompute, "S8": sparse_blocks, "S9": epilogues}
     for name in sys.argv[2:] or spikes:
         spikes[name]()
         records.write(sys.argv[1], found)

@@ -12,13 +12,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
 import structlin
 from structlin import cli
+from structlin.advise import ceilings, paper
+from structlin.costs import HOPPER
 from structlin.report import records
+from structlin.scaling import curves, laws, report
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(structlin.__file__).parent
@@ -240,6 +244,98 @@ def test_the_table_of_learning_rates_is_that_of_the_record() -> None:
     page = (ROOT / "docs" / "learning-rates.md").read_text(encoding="utf-8")
     missing = [row for row in learning_rate_rows() if row not in page]
     assert not missing, "\n".join(missing)
+
+
+def blocks_predicted() -> list[str]:
+    """The table of predicted blocks of docs/advise.md, from the records that it quotes."""
+    found: dict[str, list[str]] = {}
+    for record in records.read(ROOT / "results" / "blocks-h200.json"):
+        config = record["config"]
+        if config["backend"] == "recompute":
+            continue
+        width, context = config["out_features"], int(config["problem"].rpartition("x")[2])
+        spec = None if config["backend"] == "linear" else structlin.spec.parse(config["structure"].split(" ")[1])
+        block = paper.Decoder(1, width, 4 * width, width // 64, width // 64, 0, gated=False)
+        seconds = sum(paper.block_seconds(block, spec, config["tokens"], context, HOPPER[2]))
+        row = found.setdefault(f"{width}, {context}", [])
+        row += [f"{record['metrics']['graph_forward_backward_ms']:.3f}", f"{1e3 * seconds:.3f}"]
+    return [f"| {size} | {' | '.join(cells)} |" for size, cells in found.items()]
+
+
+def advice_rows() -> list[str]:
+    """The table of docs/advise.md on STS-B, from the record that it quotes."""
+    rows = []
+    for record in records.read(ROOT / "results" / "advise-stsb-cpu.json"):
+        metrics = record["metrics"]
+        correlation = f"{metrics['spearman']:.1f} ({metrics['low']:.1f} to {metrics['high']:.1f})"
+        if record["name"] == "dense":
+            rows.append(f"Dense has {correlation}.")
+            continue
+        name, _, budget = record["name"].partition(", params ")
+        gain = "-"
+        if "gain" in metrics:
+            gain = f"{metrics['gain']:+.1f} ({metrics['gain_low']:+.1f} to {metrics['gain_high']:+.1f})"
+        rows.append(f"| {budget} | {name} | {metrics['params_share']:.3f} | {correlation} | {gain} |")
+    return rows
+
+
+def held_out_rows() -> list[str]:
+    """The table of docs/advise.md on predictions, from the record that it quotes."""
+    layers = ceilings.measured(records.read(ROOT / "results" / "bench-h200.json"))
+    rows = []
+    for by in ("structure", "shape"):
+        errors = sorted(check.error for check in ceilings.held_out(layers, by))
+        rows.append(f"| {by} | {len(errors)} | {median(errors):.1%} | {errors[int(0.9 * len(errors))]:.1%} |")
+    return rows
+
+
+def test_tables_of_advice_are_those_of_the_records() -> None:
+    pytest.importorskip("scipy")
+    page = (ROOT / "docs" / "advise.md").read_text(encoding="utf-8")
+    missing = [row for row in blocks_predicted() + advice_rows() + held_out_rows() if row not in page]
+    assert not missing, "\n".join(missing)
+
+
+def theta(*exponents: str) -> str:
+    return f"einsum:theta={'x'.join(exponents)}"
+
+
+BTT, WIDE = theta("0.5", "0", "0.5", "0", "0.5", "0.5", "0"), theta("0.33", "0", "0.67", "0", "0.67", "0.33", "0")
+KRONECKER, TRAIN = theta("0.5", "0.5", "0", "0.5", "0.5", "0", "0"), theta("0.5", "0.5", "0", "0.5", "0.5", "0", "0.25")
+HALF, MORE = theta("1", "0", "0", "0", "1", "0", "0.5"), theta("1", "0", "0", "0", "1", "0", "0.75")
+NARROW = theta("0.67", "0", "0.33", "0", "0.67", "0.33", "0")
+CLAIMS = (
+    ("omega = 1/2 over omega = 0 (psi = 1)", [KRONECKER, TRAIN], [BTT, WIDE]),
+    ("Kronecker over BTT (nu = 1/2)", [KRONECKER], [BTT]),
+    ("tensor train over wide BTT (nu = 3/4, 2/3)", [TRAIN], [WIDE]),
+    ("low rank over psi = 1 (omega = 0)", [HALF, MORE], [BTT, WIDE]),
+    ("(0.67, 0, 0.33, 0, 0.67, 0.33, 0), psi = 2/3, over psi = 1", [NARROW], [BTT, WIDE]),
+    ("omega = 0 and psi = 1 over dense", [BTT, WIDE], ["dense"]),
+    ("Kronecker over dense", [KRONECKER], ["dense"]),
+)
+
+
+def scaling_rows() -> list[str]:
+    """The tables of docs/scaling.md, from the record that they quote."""
+    runs: dict[str, list[curves.Curve]] = {}
+    for curve in curves.curves(records.read(ROOT / "results" / "taxonomy-cpu.json")):
+        runs.setdefault(curve.structure, []).append(curve)
+    laws_of_all = report.markdown(report.rows(runs)).splitlines()
+    return [*laws_of_all, *(f"| {claim} | {laws.paired(runs, ours, others)} |" for claim, ours, others in CLAIMS)]
+
+
+def test_tables_of_scaling_are_those_of_the_record() -> None:
+    pytest.importorskip("scipy")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    missing = [row for row in scaling_rows() if row not in page]
+    assert not missing, "\n".join(missing)
+
+
+def test_advise_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "advise.md"))
+    exec(compile(code, "advise.md", "exec"), {})
+    assert capsys.readouterr().out.count("total") == 2
 
 
 def building_rows() -> list[str]:

@@ -18,6 +18,7 @@ PRODUCTS = [
     (64, 2, 80, 1, 64),
     (56, 8, 16, 8, 1),
     (8, 2, 64, 16, 4),
+    (8, 2, 32, 2, 256),
 ]
 
 
@@ -39,6 +40,24 @@ def check_exchange(device):
             assert torch.equal(y, x.permute(0, 2, 1, 3)), (tokens, a, b, r, dtype)
             exchange(x, y, a, b, r, add=True)
             assert torch.equal(y, 2 * x.permute(0, 2, 1, 3)), (tokens, a, b, r, dtype)
+
+
+def check_join(device):
+    from structlin.kernels.join import join, unjoin
+
+    for tokens, a, b, r in [(5, 6, 4, 1), (3, 40, 8, 1), (7, 5, 3, 2), (0, 2, 2, 1), (2, 4, 200, 4), (3, 1, 4, 8)]:
+        for rows, exchanged, dtype in itertools.product((b, 1), (0, 1), (torch.float16, torch.float64)):
+            features = a * b * r
+            x = fenced(torch.randn(tokens, features, device=device).to(dtype))
+            halves = [x, x.view(tokens, a, b, r).permute(0, 2, 1, 3).reshape(tokens, features)]
+            wanted = torch.stack([h.view(tokens, rows, features // rows) for h in halves][:: 2 * exchanged - 1], 2)
+            z = join(x, (a, b, r), features // rows, exchanged)
+            assert torch.equal(z.view(wanted.shape), wanted), (tokens, a, b, r, rows, exchanged, dtype)
+            z = fenced(torch.randn(tokens, 2 * features, device=device).to(dtype))
+            plain, moved = z.view(wanted.shape).unbind(2)[:: 2 * exchanged - 1]
+            moved = moved.reshape(tokens, b, a, r).permute(0, 2, 1, 3)
+            total = plain.reshape(tokens, features) + moved.reshape(tokens, features)
+            assert torch.equal(unjoin(z, (a, b, r), features // rows, exchanged), total)
 
 
 def check_across(device):
@@ -94,8 +113,207 @@ def check_blocks(device):
             assert_as_accurate(ours, plain(x, dy, w), plain(x.double(), dy.double(), w.double()))
 
 
+def draw_choices(kind, tokens, experts, top_k, device):
+    logits = torch.randn(tokens, experts, device=device)
+    logits[:, 0] -= 100.0 * (kind == "an expert without a token")
+    logits[:, :top_k] += 100.0 * (kind == "all tokens to one set")
+    return logits.topk(top_k).indices
+
+
+CHOICES = [
+    ("any", 150, 3, 2),
+    ("all tokens to one set", 1100, 4, 2),
+    ("an expert without a token", 70, 4, 3),
+    ("any", 1, 3, 1),
+]
+
+
+def poison(device):
+    """Memory that nothing wrote is NaN, or a number far out of range: on the interpreter, which has its own process."""
+    if device == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
+
+
+def check_sets(device):
+    from structlin.kernels.sets import group
+    from structlin.kernels.tiles import TILE
+
+    poison(device)
+    for kind, tokens, experts, top_k in CHOICES:
+        chosen = draw_choices(kind, tokens, experts, top_k, device)
+        sets = group(chosen, experts)
+        slots = chosen.sort(1).values.cpu()
+        token, owner = sets.token.cpu(), sets.tile.cpu().repeat_interleave(TILE, 0)
+        held = (token < tokens).nonzero()[:, 0]
+        assert sorted(token[held].tolist()) == list(range(tokens))
+        assert torch.equal(owner[held], slots[token[held].long()].int())
+        assert (owner[:, 0] >= 0).view(-1, TILE).any(1).sum() == (token < tokens).view(-1, TILE).any(1).sum()
+        for first, tiles, unit in zip(sets.first.tolist(), sets.tiles.tolist(), sets.unit.tolist(), strict=True):
+            assert sets.tile[first : first + tiles].tolist() == [unit] * tiles
+            assert (tiles == 0) == (unit[0] == -1)
+        assert sets.tiles.sum() == (sets.tile[:, 0] >= 0).sum()
+        # each choice is where its expert is in the token's set, and back
+        slot, place = (part.cpu().long() for part in (sets.place // len(token), sets.place % len(token)))
+        assert torch.equal(slots.gather(1, slot), chosen.cpu())
+        assert torch.equal(token[place], torch.arange(tokens).int()[:, None].expand(-1, top_k))
+        there = sets.choice.flatten()[sets.place.flatten().long()].cpu()
+        assert torch.equal(there, torch.arange(tokens * top_k).int())
+
+
+def check_mixture(device):
+    """Against all experts computed for every token, multiplied by a gate of zeros where they were not chosen."""
+    from structlin.accuracy import assert_as_accurate
+    from structlin.kernels.routed import backward, forward
+    from structlin.kernels.sets import group
+
+    poison(device)
+    digits = [(16, 16, 16, 24), (16, 16, 24, 16), (16, 24, 16, 16)]
+    for (kind, tokens, experts, top_k), (c, a, f, o) in zip(CHOICES, digits, strict=False):
+        tokens = 140 if kind == "all tokens to one set" else 70  # the interpreter is slow
+        chosen = draw_choices(kind, tokens, experts, top_k, device)
+        gate = torch.rand(tokens, top_k, device=device)
+        gate[0, 0] = 0.0  # nothing is divided by it
+        sizes = (tokens, c * a), (experts, c, f, a), (experts, f, o, c), (tokens, f * o)
+        x, first, second, dy = (fenced(torch.randn(s, device=device).half()) for s in sizes)
+
+        def formula(x, first, second, gate, dy, chosen=chosen, shape=(tokens, c, a), experts=experts):
+            given = [tensor.detach().requires_grad_() for tensor in (x, first, second, gate)]
+            x, first, second, gate = given
+            gates = gate.new_zeros(len(x), experts).scatter(1, chosen, gate).to(x.dtype)
+            z = torch.einsum("tca,ecfa->tecf", x.view(shape), first) * gates[:, :, None, None]
+            y = torch.einsum("tecf,efoc->tfo", z, second).flatten(1)
+            return [y, *torch.autograd.grad(y, given, dy)]
+
+        sets = group(chosen, experts)
+        y, z = forward(x, first, second, gate, sets)
+        ours = [y, *backward(dy, x, first, second, gate, z, sets)]
+        plain = formula(x, first, second, gate, dy)
+        exact = formula(*(tensor.double() for tensor in (x, first, second, gate, dy)))
+        for found, naive, true in zip(ours, plain, exact, strict=True):
+            assert_as_accurate(found, naive, true)
+        if kind == "an expert without a token":
+            assert not ours[2][0].any()
+            assert not ours[3][0].any()
+
+
+def check_mixture_layer(device):
+    """The layer takes the kernels, with every gradient of the formula, compiled too, and differentiable twice."""
+    import structlin as sl
+    from structlin.kernels.tiles import Sets
+    from structlin.ops import mixture
+    from structlin.testing import assert_close, make, plain
+
+    if device == "cpu":
+        mixture._on = lambda *_: True
+    poison(device)
+    layer = make(sl.btt_moe(2, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
+    x = torch.randn(130, 256, device=device, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+
+    def gradients(y, **more):
+        return torch.autograd.grad(y.square().sum(), wanted, **more)
+
+    y, exact = layer(x), plain(layer, x)
+    assert isinstance(layer.router.last.routes, Sets)
+    assert_close(y, exact, 1e-6)
+    truth = gradients(exact)
+    for found, true in zip(gradients(y), truth, strict=True):
+        assert_close(found, true, 1e-5)
+    for found, true in zip(gradients(layer(x), create_graph=True), truth, strict=True):
+        assert found.requires_grad
+        assert_close(found, true, 1e-5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for found, true in zip(gradients(compiled(x)), truth, strict=True):
+        assert_close(found, true, 1e-5)
+    assert isinstance(layer.router.last.routes, Sets)
+    layer(x[:100])  # too few tokens for so many sets
+    assert not isinstance(layer.router.last.routes, Sets)
+
+
+PAIRED = [  # tokens, blocks, n, k, slots, rank
+    (70, 2, 64, 64, 2, 8),
+    (129, 4, 128, 64, 3, 72),
+    (3, 8, 64, 128, 5, 64),
+    (1, 8, 64, 64, 8, 24),
+    (130, 2, 256, 64, 1, 136),
+]
+
+
+def check_pair(device):
+    """The block-sparse product and its input gradient with a product of matrices in the same pass."""
+    from structlin.kernels.blocks import sum_of_blocks
+    from structlin.testing import assert_as_accurate
+
+    for tokens, blocks, n, k, slots, rank in PAIRED:
+        index = torch.arange(blocks, device=device)[:, None] ^ torch.arange(slots, device=device)
+        table = tuple(map(tuple, index.tolist()))
+        used = tuple(tuple(row + 4096 * slot for slot, row in enumerate(line)) for line in table)
+        half = {"device": device, "dtype": torch.float16}
+        w = fenced(torch.randn(blocks, n, slots, k, **half))
+        cases = {
+            False: (table, blocks * k, blocks * n, (blocks * n, rank)),
+            True: (used, blocks * n, blocks * k, (rank, blocks * k)),
+        }
+        for transposed, (places, d_in, d_out, shape) in cases.items():
+            x, z = fenced(torch.randn(tokens, d_in, **half)), fenced(torch.randn(tokens, rank, **half))
+            u, there = fenced(torch.randn(shape, **half)), torch.randn(tokens, d_out, **half)
+
+            def plain(x, w, z, u, transposed=transposed, blocks=blocks, index=index, d_out=d_out):
+                if not transposed:
+                    sparse = torch.einsum("tisk,insk->tin", x.unflatten(1, (blocks, -1))[:, index], w)
+                else:
+                    parts = torch.einsum("tin,insk->tisk", x.unflatten(1, (blocks, -1)), w).flatten(1, 2)
+                    sparse = x.new_zeros(len(x), blocks, w.shape[3]).index_add(1, index.flatten(), parts)
+                return sparse.reshape(-1, d_out) + z @ (u if transposed else u.T)
+
+            def added(x, w, z, u, there=there, plain=plain):
+                return there.to(x.dtype) + plain(x, w, z, u)
+
+            given = x.unflatten(1, (blocks, -1)), w, places, transposed
+            torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+            ours = sum_of_blocks(*given, pair=(z, u)), sum_of_blocks(*given, there.clone(), (z, u))
+            torch.use_deterministic_algorithms(False)
+            for found, wanted in zip(ours, (plain, added), strict=True):
+                exact = wanted(x.double(), w.double(), z.double(), u.double())
+                assert_as_accurate(found.flatten(1), wanted(x, w, z, u), exact)
+
+
+def check_sums(device):
+    """Whole sums in which a low-rank term joins the block-sparse one: outputs and all gradients."""
+    import structlin as sl
+    from structlin.ops import chain, lowering, moves
+    from structlin.plan import Plan
+    from structlin.testing import assert_as_accurate
+
+    before, kernels = chain.kernels_on, moves.Kernels(True, True)
+    chain.kernels_on = lambda *_: kernels
+    fly = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1, rank=24)
+    axes = {"i": 2, "j": 128, "r": 2, "s": 8, "o": 128, "p": 2}
+    digits = Plan.einsum("i j, r s i j, o p r s -> o p", names=["down", "up"], **axes)
+    sparse = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1).plan(256, 256)
+    plans = fly.plan(512, 256), (sl.BlockDiagonal(4) + fly).plan(256, 256), sparse + digits.apart(sparse)
+    for plan, tokens in zip(plans, (70, 3, 1), strict=True):
+        program, shapes = lowering.lower(plan), [(tokens, plan.in_features), *plan.shapes.values()]
+        given = [torch.randn(shape, device=device, dtype=torch.float16) for shape in shapes]
+        dy = torch.randn(tokens, plan.out_features, device=device, dtype=torch.float16)
+
+        def step(run, dtype, given=given, dy=dy, program=program):
+            x, *factors = (tensor.to(dtype).requires_grad_() for tensor in given)
+            y = run(x, factors, program)
+            return [y, *torch.autograd.grad(y, (x, *factors), dy.to(dtype))]
+
+        ours, naive = step(chain.multiply, torch.float16), step(chain.compose, torch.float16)
+        for found, plain, true in zip(ours, naive, step(chain.compose, torch.float64), strict=True):
+            assert_as_accurate(found, plain, true)
+    chain.kernels_on = before
+
+
+CHECKS = [check_exchange, check_join, check_across, check_blocks, check_pair, check_sums, check_sets, check_mixture]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")
-@pytest.mark.parametrize("check", ["check_exchange", "check_across", "check_blocks"])
+@pytest.mark.parametrize("check", [*(check.__name__ for check in CHECKS), "check_mixture_layer"])
 def test_on_the_interpreter(check):
     # the interpreter is chosen when triton is imported, so it gets a process of its own
     code = f"import runpy; runpy.run_path({__file__!r})[{check!r}]('cpu')"
@@ -104,6 +322,6 @@ def test_on_the_interpreter(check):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("check", [check_exchange, check_across, check_blocks])
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_the_gpu(check):
     check("cuda")

@@ -1,5 +1,7 @@
 """Terms that look up blocks: their transposes and other tables run too, and what cannot be is refused."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -67,6 +69,58 @@ def test_explain_names_the_lookup():
     spec = sl.Pixelfly(block_size=2, butterfly_size=4, nfactors=1)
     for own, what in ((spec, "look up blocks of the input"), (spec.T, "add up blocks of the output")):
         assert what in [row.what for row in sl.explain(make(own, (16, 24), "cpu"), 5)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "paired"),
+    [
+        (sl.Pixelfly(64, 4, rank=24), {0: 1}),
+        (sl.LowRank(8) + sl.Pixelfly(64, 4), {1: 0}),
+        (sl.Pixelfly(64, 4, rank=24) + sl.Pixelfly(64, 4, rank=8), {0: 1, 2: 3}),
+        (sl.BlockDiagonal(4) + sl.Pixelfly(64, 4, rank=24), {1: 2}),
+        (sl.Pixelfly(64, 4), {}),
+        (sl.Pixelfly(64, 4, rank=20), {}),
+        (sl.Pixelfly(64, 4) + sl.Dyad(4), {}),
+        (sl.Pixelfly(32, 16, rank=24), {}),
+    ],
+    ids=str,
+)
+def test_a_low_rank_term_pairs_with_the_block_sparse_kernel(spec, paired):
+    pytest.importorskip("triton")
+    from structlin.ops.lowering import lower
+    from structlin.ops.moves import Kernels
+    from structlin.ops.schedule import pairs, schedule
+
+    text = lower(spec.plan(256, 512)).text
+    for tokens in (1, 70):
+        terms = schedule(text, tokens, Kernels(True, True))
+        assert pairs([(term.steps[-1].forward, term.steps[-1].after) for term in terms]) == paired
+        assert pairs([(term.steps[0].dgrad, term.undo) for term in terms]) == paired
+    assert pairs([(t.steps[-1].forward, t.steps[-1].after) for t in schedule(text, 0, Kernels(True, True))]) == {}
+
+
+def test_only_what_lies_as_the_kernel_reads_it_pairs():
+    pytest.importorskip("triton")
+    from structlin.ops.lowering import lower
+    from structlin.ops.moves import Kernels
+    from structlin.ops.schedule import pairs, schedule
+
+    sparse = sl.Pixelfly(64, 4).plan(256, 512)
+    low_rank = Plan.einsum("i, r i, r o -> o", names=["down", "up"], i=512, r=24, o=256)
+    terms = schedule(lower(sparse + low_rank.apart(sparse)).text, 70, Kernels(True, True))
+    assert pairs([(term.steps[-1].forward, term.steps[-1].after) for term in terms]) == {}
+    assert pairs([(term.steps[0].dgrad, term.undo) for term in terms]) == {0: 1}
+
+
+def test_explain_names_what_pairs(monkeypatch):
+    pytest.importorskip("triton")
+    from structlin.ops.moves import Kernels
+
+    explain = importlib.import_module("structlin.nn.explain")
+    layer = make(sl.Pixelfly(64, 4, rank=24), (256, 512), "cpu")
+    monkeypatch.setattr(explain, "kernels_on", lambda *_: Kernels(True, True))
+    rows = explain._lowered(layer, layer._program, 70, True)
+    assert [row.backend for row in rows] == ["block-sparse kernel", "mm 70x24x512", "in the block-sparse kernel"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from structlin import StructuredLinear, analysis, cli, load
+from structlin.evaluate.loading import load_model
 from structlin.recipes import RECIPES, find
 from structlin.report import records
 from structlin.train import loop
@@ -87,6 +88,7 @@ BAD = [
     ({"heads": "5"}, ["--heads: 5 heads do not divide the width 768"]),
     ({"kv_heads": "4"}, ["--kv-heads: is for llama; the architecture is gpt2"]),
     ({"post_norm": "true"}, ["--post-norm: is for opt"]),
+    ({"lm_head": "btt"}, ["--lm-head: btt cannot be tied to the embedding; give --tied false too"]),
     ({"method": "self_guided"}, ["--method: self_guided needs a structure"]),
     ({"trackers": ["tensorbord"]}, ["--trackers: tensorbord is unknown; allowed: tensorboard, trackio, wandb"]),
     ({"warmup": "1"}, ["--warmup: 1.0 is given; allowed: 0 to below 1"]),
@@ -215,13 +217,30 @@ def test_flops_are_counted_by_plans() -> None:
 def check_that_transformers_builds_it(run: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    ours, tokenizer, _ = loop.load(run)  # imports structlin.hf, without which no structure fits a Conv1D
     config = AutoConfig.from_pretrained(run / "model")
     built = load(AutoModelForCausalLM.from_config(config, dtype=torch.float32), run / "model").eval()
-    ours, tokenizer, _ = loop.load(run)
     windows = torch.arange(40)[None]
     assert torch.equal(built(windows).logits, ours(windows).logits)
     assert built.config._attn_implementation == ours.config._attn_implementation == "sdpa"
     assert (run / "model" / "tokenizer.json").read_text(encoding="utf-8") == tokenizer
+
+
+@pytest.mark.parametrize("options", [["--structure", "dyad:nblocks=4"], ["--lm-head", "btt:rank=2", "--tied", "false"]])
+def test_the_folder_of_a_gpt2_is_one_that_transformers_builds(options: list[str], prose: Path, tmp_path: Path) -> None:
+    common = ["--data", prose, "--cache", tmp_path / "cache", "--steps", 2, "--device", "cpu"]
+    assert train("tiny_gpt2", *common, *options, "--out", tmp_path / "run") == 0
+    check_that_transformers_builds_it(tmp_path / "run")
+    model = load_model(tmp_path / "run" / "model")
+    ours, _, _ = loop.load(tmp_path / "run")
+    windows = torch.arange(40)[None]
+    assert torch.equal(model(windows).logits, ours(windows).logits)
+    (record,) = records.read(tmp_path / "run" / "record.json")
+    assert sum(p.numel() for p in model.parameters()) == record["metrics"]["model_params"]
+    wide = dataclasses.replace(find("tiny_gpt2"), depth=1)
+    head = models.build(dataclasses.replace(wide, tied=False, lm_head="btt:rank=2"), 500)[0].get_output_embeddings()
+    assert isinstance(head, StructuredLinear)
+    assert head.out_features == 512
 
 
 def test_the_command_trains_lists_and_refuses(prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

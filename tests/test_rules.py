@@ -31,7 +31,7 @@ LAYERS = (
     ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),
-    ("structures", "kernels", "accuracy", "machine", "conversion"),
+    ("structures", "kernels", "accuracy", "machine", "conversion", "costs"),
     ("ops",),
     ("nn",),
     (
@@ -51,8 +51,9 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
-    ("recipes",),
+    ("recipes", "search"),
     ("report",),
+    ("scaling", "advise"),
     ("commands",),
     ("cli", "__main__"),
 )
@@ -62,11 +63,12 @@ SIDEWAYS = {
     ("densify", "moments"),
     ("densify", "surgery"),
     ("bench", "models"),
-    ("train", "models"),
     ("evaluate", "hf"),
+    ("train", "hf"),
+    ("train", "models"),
     ("__main__", "cli"),
 }
-WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "report")
+WITHOUT_TORCH = ("plan", "masks", "widths", "padding", "analysis", "spec", "structures", "costs", "report", "scaling")
 
 # besides what the package of structures exports
 PUBLIC = [
@@ -203,8 +205,9 @@ def test_importing_structlin_leaves_the_optional_packages_alone() -> None:
         "onnx",
         "optuna",
         "rich",
+        "scipy",
         "tokenizers",
         "torchmetrics",
     }
-    optional |= {"peft", "torchao", "transformers", "triton"}
+    optional |= {"cmaes", "peft", "PIL", "ray", "torchao", "transformers", "triton"}
     assert not optional & set(loaded)

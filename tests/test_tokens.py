@@ -268,3 +268,9 @@ def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
     assert list(windows.ahead(fetch, 3, 3, device)) == []
     with pytest.raises(ValueError, match="step 5"):
         list(windows.ahead(fetch, 3, 7, device))
+
+
+def test_text_is_tokenised_in_chunks_of_so_many_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CHUNK", 5)
+    pieces = [("abc", True), ("de", False), ("f", True), ("ghijkl", True), ("m", True)]
+    assert list(tokens._chunks(iter(pieces))) == [pieces[:2], pieces[2:4], pieces[4:]]

@@ -23,7 +23,7 @@ from structlin import StructuredLinear
 from structlin.recipes import find
 from structlin.report import records
 from structlin.report.records import Record
-from structlin.train import checkpoints, loop
+from structlin.train import checkpoints, loop, model
 from structlin.train.config import OptionError
 from structlin.train.engine import Engine, accelerator_for
 from structlin.train.recipe import Recipe
@@ -130,6 +130,38 @@ def test_a_run_learns_and_leaves_what_it_says(tiny: Recipe, tmp_path: Path) -> N
     assert json.loads(tokenizer)["model"]["type"] == "BPE"
     assert sum(isinstance(layer, StructuredLinear) for layer in model.modules()) == 4
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("structure", "layers"),
+    [("btt_moe:experts=4:top_k=2", "all"), ("monarch_moe:nblocks=2:experts=3:balance=bias", "mlp"),
+     ("moe_ffn:experts=4:top_k=2", "mlp")],
+)  # fmt: skip
+def test_mixtures_train_with_their_losses(tiny: Recipe, tmp_path: Path, structure: str, layers: str) -> None:
+    said: list[str] = []
+    recipe = dataclasses.replace(tiny, structure=structure, layers=layers)
+    record = run(recipe, tmp_path / "run", said.append)
+    assert record["status"] == "ok"
+    assert "largest load" in said[0]
+    assert record["series"]["train_loss"][-1] < record["series"]["train_loss"][0] - 0.3
+    engine = Engine(dataclasses.replace(recipe, dropout=0.0), 300, accelerator_for(recipe))
+    windows = torch.randint(300, (2, 33))
+    loss = model.loss(engine.model, windows)
+    loss.backward()
+    assert all(router.weight.grad is not None for router in model.routers(engine.model))
+    assert len(model.routers(engine.model)) == {"all": 8, "mlp": 2 if "ffn" in structure else 4}[layers]
+    engine.model.eval()
+    assert model.loss(engine.model, windows) != loss  # nothing is added to what is measured
+    loaded, _, _ = loop.load(tmp_path / "run")
+    assert {*loaded.state_dict()} == {*engine.model.state_dict()}
+
+
+@pytest.mark.parametrize("structure", ["moe_ffn:expert=4", "moe_ffn:experts=2:top_k=4", "moe_ffn:experts=x"])
+def test_a_standard_mixture_that_does_not_fit(tiny: Recipe, structure: str) -> None:
+    with pytest.raises(OptionError, match=r"experts|top_k"):
+        model.check(dataclasses.replace(tiny, structure=structure))
+    with pytest.raises(OptionError, match="gpt_neox and layers=mlp"):
+        model.check(dataclasses.replace(tiny, structure="moe_ffn", layers="all"))
 
 
 def test_accumulation_and_batches_in_one_pass_agree(tiny: Recipe, tmp_path: Path) -> None:

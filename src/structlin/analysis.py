@@ -53,50 +53,6 @@ def traffic(plan: Plan, tokens: int, itemsize: int = 2) -> int:
     return itemsize * (tokens * moved + sum(plan.size(step.w) for step in steps))
 
 
-FLOPS_PER_BYTE = {2: 180.0, 4: 15.0}
-"""FLOPs that take as long as moving a byte, by bytes per number: half precision and single on NVIDIA's Hopper, where
-products run at about 720 and 60 TFLOP/s and copies at about 4 TB/s. Wider numbers count as single."""
-
-
-class Cost(NamedTuple):
-    """Predicted cost of a layer, in bytes that could be moved in the same time: step by step, and as a dense layer."""
-
-    structured: float
-    dense: float
-
-
-def predicted_cost(
-    plan: Plan, tokens: int, itemsize: int = 2, training: bool = False, keep: bool = False, copied: int = 0
-) -> Cost:
-    """What a layer costs as it is and as one dense weight, for ``tokens`` rows of numbers of ``itemsize`` bytes.
-
-    Every product costs the larger of its bytes and of its FLOPs over `FLOPS_PER_BYTE`; lookups of blocks, padding and
-    the ``copied`` features of a token, reordered between steps, cost their bytes. The dense weight is multiplied out of
-    the factors, unless inference finds it kept (``keep``). In training each product has two gradients of the same cost,
-    each copy one. A rule for where nothing can be measured: what launching a kernel costs is left out.
-    """
-    ratio = FLOPS_PER_BYTE.get(itemsize, FLOPS_PER_BYTE[4])
-
-    def cost(flops: float, numbers: float) -> float:
-        return max(itemsize * numbers, flops / ratio)
-
-    steps = [step for _, step in plan.factors.values()]
-    moved = [tokens * (plan.size(step.x) + plan.size(step.y)) + plan.size(step.w) for step in steps]
-    structured = float(traffic(plan, tokens, itemsize) - itemsize * sum(moved))  # lookups and padding
-    structured += sum(cost(tokens * step_flops(plan, step), n) for step, n in zip(steps, moved, strict=True))
-    copies = 2 * itemsize * tokens * copied
-    entries = plan.in_features * plan.out_features
-    dense = cost(2 * tokens * entries, tokens * (plan.in_features + plan.out_features) + entries)
-    if keep:
-        return Cost(structured + copies, dense)
-    weight = float(itemsize * entries * len(plan.terms))
-    for term in plan.terms:
-        for a, b, c in factor_products(term):
-            weight += cost(2 * plan.size({*a, *b}), plan.size(a) + plan.size(b) + plan.size(c))
-    passes = 3 if training else 1
-    return Cost(passes * structured + (2 if training else 1) * copies, passes * (dense + weight))
-
-
 def factor_products(term: Term) -> list[tuple[Axes, Axes, Axes]]:
     """The products ``a, b -> c`` that multiply the factors of a term from left to right, none for a single factor.
 

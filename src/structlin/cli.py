@@ -22,7 +22,10 @@ COMMANDS = {
         "measure layers: shapes x structures x backends, checked against float64, timed against dense",
     ),
     "describe": ("commands.describe", "what a structure at a shape is, costs and runs, from its description alone"),
+    "search": ("commands.search", "train structures under one budget and find those that lose least"),
     "tune": ("commands.tune", "choose backends ahead of time: measure layers here and remember what is fastest"),
+    "predict": ("commands.predict", "time and memory of layers and whole models on a device, from what it reaches"),
+    "advise": ("commands.advise", "choose structures and sizes for the layers of a model under a budget"),
     "train": ("recipes.command", "pretrain a language model from a recipe, dense or structured, on your text"),
     "eval": ("evaluate.cli", "loss on a text, minimal pairs and few-shot prompts for a language model"),
     "convert": ("commands.convert", "give a Hugging Face model folder structured layers"),
@@ -30,6 +33,7 @@ COMMANDS = {
         "commands.densify",
         "turn the structured layers of a Hugging Face model folder into dense ones of the same function",
     ),
+    "scaling": ("commands.scaling", "fit scaling laws to training runs: loss against FLOPs, dense beside structured"),
     "finetune": ("evaluate.finetune_cli", "train a language model on a classification task and measure it"),
 }
 """Name -> module (with ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(options, command) -> status``), help."""

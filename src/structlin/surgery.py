@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .conversion import Conversion, Swap, swap
 from .nn import RoutedLinear, StructuredLinear, layer_of
 from .nn.init import check as check_init
-from .nn.kinds import kind_of
+from .nn.kinds import StructuredConv, kind_of
 from .nn.projection import check
 from .nn.worth import speedup
 from .progress import shown
@@ -236,9 +236,10 @@ def _is_hooked(module: nn.Module) -> bool:
 def _mixture(name: str, dense: nn.Module, spec: MoE, weights: str) -> Swap:
     if weights == "project":
         raise ValueError(f"{spec} is no matrix to project to; use weights='init', or keep the layer by a None rule")
-    if not isinstance(dense, nn.Linear):
-        raise ValueError(f"a {type(dense).__name__} has no tokens to route; allowed for {spec}: nn.Linear")
-    rows, columns = dense.out_features, dense.in_features
+    kind = _kind(dense)
+    if issubclass(kind, StructuredConv):
+        raise ValueError(f"a {type(dense).__name__} has no tokens to route; allowed for {spec}: linear layers")
+    rows, columns = kind.shape_of(dense)
     spec.expert_plan(rows, columns)
     params, flops = spec.costs(rows, columns)
     return Swap(name, columns, rows, spec, params, rows * columns, flops, 2 * rows * columns)

@@ -31,6 +31,8 @@ LAYERS = [
     (sl.Monarch(8, factors=3, order="blocked"), (2048, 2048)),
     (sl.BTT(2, cores=3), (1024, 4096)),
     (sl.Pixelfly(block_size=64, rank=64), (1024, 2048)),
+    (sl.Pixelfly(block_size=128, butterfly_size=8, rank=72), (2048, 1024)),
+    (sl.BlockDiagonal(8) + sl.Pixelfly(block_size=64, rank=8), (1024, 1024)),
 ]
 every_layer = pytest.mark.parametrize(("spec", "shape"), LAYERS, ids=str)
 
@@ -75,6 +77,24 @@ def test_copies_nothing_but_its_relayouts(spec, shape):
     copies = [name for name in kernels if any(word in name.lower() for word in words)]
     assert kernels
     assert not copies, copies
+
+
+def test_a_low_rank_term_takes_no_pass_of_its_own_over_the_result():
+    """Forward the product with `down` and the block-sparse kernel; backward that and three products more."""
+    layer = make(sl.Pixelfly(block_size=128, rank=128), (4096, 4096), "cuda", torch.bfloat16, bias=False)
+    layer.backend = "triton"
+    x, dy = inputs(layer, 2048).requires_grad_(), torch.randn(2048, 4096, device="cuda", dtype=torch.bfloat16)
+    layer(x).backward(dy)
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        layer(x).backward(dy)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    ours = [name for name in kernels if name in ("_sum_of_blocks", "_gradient_of_blocks")]
+    assert ours == ["_sum_of_blocks", "_gradient_of_blocks", "_sum_of_blocks"]
+    gemms = [name for name in kernels if name not in ours and "reduce" not in name.lower()]  # what split-K adds up
+    assert len(gemms) == 4, gemms
 
 
 def test_replays_as_a_graph():

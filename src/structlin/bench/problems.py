@@ -65,6 +65,19 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "block monarch:nblocks=8:order=blocked@2048x2048",
         "block monarch:nblocks=8:order=blocked@4096x2048",
     ),
+    # what calibrates the predictions of costs: products of every size, copies between steps, sums
+    "ceilings": (
+        "low_rank:rank=64@4096x4096",
+        "low_rank:rank=1024@2048x2048",
+        "block_diagonal:nblocks=64@4096x4096",
+        "block_diagonal:nblocks=8@1024x4096",
+        "monarch:nblocks=4@3072x768",
+        "monarch:nblocks=4:order=blocked@3072x768",
+        "monarch:nblocks=16@4096x4096",
+        "dyad:nblocks=4@4096x1024",
+        "btt:rank=1@1024x1024",
+        "kronecker@4096x4096",
+    ),
     # square layers, for the picture of speed-up against width
     "widths": (
         *(f"low_rank:rank={width // 4}@{width}x{width}" for width in WIDTHS),

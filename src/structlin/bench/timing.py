@@ -110,7 +110,7 @@ def capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # a backward pass syncs with the stream where its graph was first built
         result = run()
     with torch.no_grad():
         result.fill_(float("nan"))

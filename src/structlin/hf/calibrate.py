@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,6 +45,25 @@ def text_inputs(
     conversion, problems = planned(model, rules, "init")
     if problems:
         raise ValueError(f"cannot convert {source}:\n  " + "\n  ".join(problems))
+    cls = getattr(transformers, type(model).__name__)
+    batches = text_batches(source, model.config, files, tokens)
+    return record_inputs(cls.from_pretrained(source), [swap.name for swap in conversion], batches)
+
+
+def text_batches(
+    source: str | os.PathLike[str], config: Any, files: Iterable[str | os.PathLike[str]], tokens: int
+) -> list[dict[str, Tensor]]:
+    """The beginning of some text files as batches of one sequence each.
+
+    Args:
+        source: folder with a tokenizer.
+        config: of the model, which may limit the length of a sequence.
+        files: texts in UTF-8, joined.
+        tokens: how many in all.
+
+    Raises:
+        ValueError: for a folder without tokenizer, files that cannot be read, or too short a text.
+    """
     try:
         text = "\n".join(Path(file).read_text(encoding="utf-8") for file in files)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -54,8 +74,5 @@ def text_inputs(
         raise ValueError(
             f"the texts have {len(ids)} tokens, {tokens} are asked for; give 1 to {len(ids)}, or more text"
         )
-    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
-    cls = getattr(transformers, type(model).__name__)
-    whole = cls.from_pretrained(source)
-    batches = [{"input_ids": part[None].to(torch.long)} for part in ids[:tokens].split(length)]
-    return record_inputs(whole, [swap.name for swap in conversion], batches)
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    return [{"input_ids": part[None].to(torch.long)} for part in ids[:tokens].split(length)]

@@ -4,6 +4,10 @@ The matrix has `rows` rows of blocks with `slots` blocks each, ``w`` is (rows, n
 block of the input each slot reads. One GEMM sums over all slots of a row: the loop over its inner dimension takes the
 address of the next block from the table. The table travels as 16 bits for each entry, four in a word, because a load
 inside the loop would stop the pipeline; so a row may have 8 entries of numbers below 4096.
+
+A second product of plain matrices may follow: its inner dimension continues that of the blocks, so both sum in the same
+registers and the result is written once. The loop selects which pair of operands it reads by address; a second loop or
+a branch around the loads would stop the pipeline too.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ MOST_ENTRIES, MOST_BLOCKS, MOST_SLOTS = 8, 4096, 8
 
 @triton.jit
 def _sum_of_blocks(
-    x_desc, w_desc, y_desc, y_ptr, table, tokens, programs,
-    ROWS: tl.constexpr, ENTRIES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_desc, w_desc, z_desc, u_desc, y_desc, y_ptr, table, tokens, programs,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     chunks: tl.constexpr = K // BLOCK_K
+    sparse: tl.constexpr = ENTRIES * chunks
+    paired: tl.constexpr = (RANK + BLOCK_K - 1) // BLOCK_K
     tiles = tl.cdiv(tokens, BLOCK_T) * ROWS * columns
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         t = tile // (ROWS * columns) * BLOCK_T
@@ -37,20 +44,27 @@ def _sum_of_blocks(
         n = tile % columns * BLOCK_N
         first, second = tl.load(table + 2 * row), tl.load(table + 2 * row + 1)
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        for j in tl.range(0, ENTRIES * chunks):
+        for j in tl.range(0, sparse + paired):
             entry = j // chunks
-            k = j % chunks * BLOCK_K
             found = (tl.where(entry < 4, first, second) >> (entry % 4 * 16)).to(tl.int32) & 65535
-            block = found % 4096
-            x = x_desc.load([t, block * K + k])
+            a_desc, b_desc = x_desc, w_desc
+            at = found % 4096 * K + j % chunks * BLOCK_K
+            across = found // 4096 * N + n if TRANSPOSED else j * BLOCK_K
+            if paired:
+                if j >= sparse:
+                    a_desc, b_desc = z_desc, u_desc
+                beyond = (j - sparse) * BLOCK_K
+                at = tl.where(j < sparse, at, beyond)
+                across = tl.where(j < sparse, across, row * N + n if TRANSPOSED else beyond)
+            a = a_desc.load([t, at])
             if TRANSPOSED:
-                acc = tl.dot(x, w_desc.load([block * K + k, found // 4096 * N + n]), acc)
+                acc = tl.dot(a, b_desc.load([at, across]), acc)
             else:
-                acc = tl.dot(x, w_desc.load([row * N + n, entry * K + k]).T, acc)
+                acc = tl.dot(a, b_desc.load([row * N + n, across]).T, acc)
         if ADD:
-            at = (t + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-            there = y_ptr + at * (ROWS * N) + (row * N + n + tl.arange(0, BLOCK_N))[None, :]
-            acc += tl.load(there, mask=at < tokens).to(tl.float32)
+            token = (t + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+            there = y_ptr + token * (ROWS * N) + (row * N + n + tl.arange(0, BLOCK_N))[None, :]
+            acc += tl.load(there, mask=token < tokens).to(tl.float32)
         y_desc.store([t, row * N + n], acc.to(y_desc.dtype))
 
 
@@ -88,28 +102,44 @@ def _packed(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
         return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
+def _tile(outer: int, adds: bool) -> tuple[int, int, int, int]:
+    """Tokens, features, warps and stages of a tile."""
+    # what is added passes through shared memory, and there is room for it beside smaller tiles only
+    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and not adds else (128, 128, 4, 4)
+    return rows, min(columns, outer & -outer), warps, stages
+
+
 def sum_of_blocks(
-    x: Tensor, w: Tensor, table: tuple[tuple[int, ...], ...], transposed: bool, into: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    table: tuple[tuple[int, ...], ...],
+    transposed: bool,
+    into: Tensor | None = None,
+    pair: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``y[t, r, :] = sum over s of x[t, table[r][s], :] w[r, :, s, :]^T``, (tokens, rows, n), new or added to one.
 
     With ``transposed`` the adjoint: ``table`` then lists the uses of each block of the result, row + 4096 * slot, and
     ``y[t, b, :] = sum over uses of x[t, row, :] w[row, :, slot, :]``.
 
-    ``x`` is (tokens, blocks, width), ``w`` (rows, n, slots, k); both contiguous, of one half precision, on a device of
+    The product of the pair ``pair`` is added in the same pass: of z (tokens, rank) with the transpose of
+    (rows * n, rank), or, with ``transposed``, with (rank, blocks * k). The rank is a multiple of 8.
+
+    ``x`` is (tokens, blocks, width), ``w`` (rows, n, slots, k); all contiguous, of one half precision, on a device of
     compute capability 9 or more, starting at 16 bytes; sizes as `fits` says. Sums in float32.
     """
     tokens, _, inner = x.shape
     outer = w.shape[3] if transposed else w.shape[1]
     y = x.new_empty(tokens, len(table), outer) if into is None else into.view(tokens, len(table), outer)
-    # what is added passes through shared memory, and there is room for it beside smaller tiles only
-    rows, columns, warps, stages = (128, 256, 8, 3) if outer % 256 == 0 and into is None else (128, 128, 4, 4)
-    columns = min(columns, outer & -outer)
-    w_block = [64, columns] if transposed else [columns, 64]
+    rows, columns, warps, stages = _tile(outer, into is not None)
+    a_block, b_block = [rows, 64], [64, columns] if transposed else [columns, 64]
+    operands = _tiles(x, 1, a_block), _tiles(w, 2, b_block)
+    beside = operands if pair is None else (_tiles(pair[0], 1, a_block), _tiles(pair[1], 1, b_block))
     _sum_of_blocks[(_programs(x.device),)](
-        _tiles(x, 1, [rows, 64]), _tiles(w, 2, w_block), _tiles(y, 1, [rows, columns]), y,
+        *operands, *beside, _tiles(y, 1, [rows, columns]), y,
         _packed(table, x.device), tokens, _programs(x.device),
-        len(table), len(table[0]), outer, inner, transposed, into is not None, rows, columns, 64,
+        len(table), len(table[0]), outer, inner, 0 if pair is None else pair[0].shape[1],
+        transposed, into is not None, rows, columns, 64,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y

@@ -47,7 +47,7 @@ def _exchange(
 
 
 @cache
-def _tile(a: int, b: int, r: int) -> tuple[int, int, int, int]:
+def tile(a: int, b: int, r: int) -> tuple[int, int, int, int]:
     """Powers of two: all of ``r``, enough of ``a`` and ``b`` for long runs on both sides, tokens for the rest."""
     tr = triton.next_power_of_2(r)
     enough = max(1, RUN // tr)
@@ -70,7 +70,7 @@ def exchange(x: Tensor, y: Tensor, a: int, b: int, r: int, add: bool = False) ->
             size, r = size * 2, r // 2
         if size > x.element_size():
             x, y = x.view(-1).view(_WIDE[size]), y.view(-1).view(_WIDE[size])
-    ta, tb, tr, rows = _tile(a, b, r)
+    ta, tb, tr, rows = tile(a, b, r)
     tokens = x.numel() // (a * b * r)
     if tokens:
         grid = (triton.cdiv(tokens, rows), triton.cdiv(a, ta), triton.cdiv(b, tb))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ops import choice
+from ..ops import choice, joined
 from ..ops.blocks import Blocks
+from ..ops.lowering import Program
 from ..ops.moves import Gather, Move, Relayout, kernels_on
-from ..ops.schedule import Multiply, schedule
+from ..ops.schedule import Multiply, pairs, schedule
 from ..plan import Plan
 from .linear import StructuredLinear
 
@@ -93,19 +94,37 @@ def _multiplied(layer: StructuredLinear, tokens: int, backend: str, forced: str)
         equations = [stage.equation for chain in layer._program.chains for stage in chain.stages]
         why = "a factor is stored in an order that no GEMM reads in place"
         return [Ran(equation, "copies where needed, and bmm", why) for equation in equations]
-    return _lowered(layer, tokens, backend == "triton")
+    if backend == "joined" and layer._joined is not None:
+        return _joined(layer, layer._joined, tokens)
+    return _lowered(layer, layer._program, tokens, backend in ("triton", "joined"))
 
 
-def _lowered(layer: StructuredLinear, tokens: int, kernels: bool) -> list[Ran]:
+def _joined(layer: StructuredLinear, how: joined.Joined, tokens: int) -> list[Ran]:
     factor = next(layer.parameters())
-    sequences = schedule(layer._program.text, tokens, kernels_on(factor.device, factor.dtype, kernels))
+    runs = "joining kernel" if how.swap is not None and kernels_on(factor.device, factor.dtype).exchange else "copy"
+    rows = [Ran("join the factors", "copy", f"{len(how.parts)} terms are one product")]
+    if how.of_input:
+        rows.append(Ran("join the input in all its orders", runs, "the terms share their output"))
+    rows += _lowered(layer, how.inner, tokens, True)
+    if not how.of_input:
+        rows.append(Ran("bring the outputs to one order and add them", runs, "the terms share their input"))
+    return rows
+
+
+def _lowered(layer: StructuredLinear, program: Program, tokens: int, kernels: bool) -> list[Ran]:
+    factor = next(layer.parameters())
+    sequences = schedule(program.text, tokens, kernels_on(factor.device, factor.dtype, kernels))
     rows: list[Ran] = []
-    for chain, sequence in zip(layer._program.chains, sequences, strict=True):
+    paired = pairs([(sequence.steps[-1].forward, sequence.steps[-1].after) for sequence in sequences]).values()
+    for place, (chain, sequence) in enumerate(zip(program.chains, sequences, strict=True)):
         if sequence.before is not None:
             rows.append(_copy(sequence.before, "the first step cannot read the input in place"))
         for stage, step in zip(chain.stages, sequence.steps, strict=True):
             if isinstance(step.forward, Blocks):
                 rows.append(Ran(stage.equation, "block-sparse kernel", "reads its blocks by the table"))
+            elif place in paired and step is sequence.steps[-1]:
+                why = "its inner dimension continues that of the blocks, and the sum is written once"
+                rows.append(Ran(stage.equation, "in the block-sparse kernel", why))
             elif isinstance(step.after, Relayout) and step.after.tokens_last:
                 why = "stores its result tokens last, in the order of what comes next"
                 rows.append(Ran(stage.equation, f"across kernel, {_size(step.forward)}", why))

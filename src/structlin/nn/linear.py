@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import analysis
-from ..ops import BACKENDS, backends_on, choice, compose, dense, multiply
+from ..ops import BACKENDS, backends_on, choice, compose, dense, joined, multiply
 from ..ops.chain import check_dtype
 from ..ops.contract import autocast_dtype
 from ..ops.lowering import Program, literal, lower
@@ -48,8 +48,9 @@ class StructuredLinear(nn.Module):
             see `structlin.nn.init`.
         zero_last: whether the last factor of each term and the bias start at zero, for the output of a residual branch.
         recompute: whether the backward pass computes the layer's intermediates again instead of keeping them, which
-            saves memory and costs about a sixth more time. May be set at any time. Backends "bmm" and
-            "triton", also where "auto" takes them.
+            saves memory and costs about a sixth more time. Under ``torch.compile`` a norm, an activation or a cast
+            before the layer is computed again too. May be set at any time. Backends "bmm", "triton" and "joined",
+            also where "auto" takes them.
 
     Shape: input (*, in_features), output (*, out_features), with any number of leading dimensions of any size.
 
@@ -112,8 +113,9 @@ class StructuredLinear(nn.Module):
         self._backend = name
         self._weight: tuple[object, Tensor] | None = None
         # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
-        self._step_backend = "bmm" if name in ("auto", "dense", "triton") else name
+        self._step_backend = "bmm" if name in ("auto", "dense", "triton", "joined") else name
         self._program: Program = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
+        self._joined = joined.joined(self._program)
         self._runs = choice.name(self._program, self.plan.kept)
 
     @torch.no_grad()
@@ -218,8 +220,10 @@ class StructuredLinear(nn.Module):
         """(tokens, in_features) -> (tokens, out_features), without the bias."""
         if self._padding[1]:
             tokens = F.pad(tokens, (0, self._padding[1]))
-        if self._step_backend == "bmm":
-            y = multiply(tokens, factors, self._program, not self.recompute, backend == "triton")
+        if backend == "joined" and self._joined is not None:
+            y = joined.multiply(tokens, factors, self._joined, not self.recompute)
+        elif self._step_backend == "bmm":
+            y = multiply(tokens, factors, self._program, not self.recompute, backend in ("triton", "joined"))
         else:
             y = compose(tokens, factors, self._program, self._step_backend)
         return y[:, : self.out_features] if self._padding[0] else y

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.contract import autocast
 from ..ops.ragged import ragged_mm
-from ..ops.routed import combine, dispatch
+from ..ops.routed import Routes, combine, dispatch
 from .router import Router
 
 
@@ -78,7 +78,8 @@ class MoEFFN(nn.Module):
                 f"the last dimension of the input must be width={self.width}, not that of {tuple(x.shape)}"
             )
         tokens = x.reshape(-1, self.width)
-        _, gate, routes = self.router(tokens)
+        _, gate, _, routes = self.router(tokens)
+        assert isinstance(routes, Routes)
         rows = dispatch(autocast(tokens), routes)[None]
         hidden = self.activation(ragged_mm(rows, autocast(self.up)[None], routes.ends))
         by_row = gate.flatten().index_select(0, routes.choice).to(hidden.dtype)

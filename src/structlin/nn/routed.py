@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.routed import multiply_routed, program
+from ..kernels.tiles import Sets
+from ..ops.routed import arrange, multiply_routed, program, sorts_by_set
 from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
@@ -104,9 +105,9 @@ class RoutedLinear(nn.Module):
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
             )
         tokens = x.reshape(-1, self.in_features)
-        routing = self.router(tokens) if self.leads else self._followed(tokens)
+        routing = self.router(tokens, self._program) if self.leads else self._followed(tokens)
         factors = [getattr(self, name) for name in self.plan.factors]
-        y = multiply_routed(tokens, factors, routing.gate, routing.routes, self._program)
+        y = multiply_routed(tokens, factors, routing.gate, routing.chosen, routing.routes, self._program)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -119,7 +120,9 @@ class RoutedLinear(nn.Module):
                 f"{tokens.shape[0]} tokens follow a shared router that last saw {went}; the layer that leads must run "
                 "first, on the same tokens"
             )
-        return last
+        if isinstance(last.routes, Sets) == sorts_by_set(tokens, self.spec.experts, self.spec.top_k, self._program):
+            return last
+        return last._replace(routes=arrange(tokens, last.chosen, self.spec.experts, self._program))
 
     @torch.no_grad()
     def expert(self, index: int) -> StructuredLinear:

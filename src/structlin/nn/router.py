@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.tiles import Sets
 from ..ops.contract import autocast
-from ..ops.routed import Routes, sort
+from ..ops.routed import Program, Routes, arrange, sort
 
 BIAS_STEP = 0.001  # of the bias of an expert at each update (Wang et al. 2024)
 
@@ -24,12 +25,14 @@ class Routing(NamedTuple):
     Attributes:
         logits: (tokens, experts), float32 or wider.
         gate: (tokens, top_k), of the same dtype; the shares of the chosen experts, which add up to 1.
+        chosen: (tokens, top_k), int64, the experts.
         routes: the rows that the tokens become.
     """
 
     logits: Tensor
     gate: Tensor
-    routes: Routes
+    chosen: Tensor
+    routes: Routes | Sets
 
 
 class Load(NamedTuple):
@@ -87,8 +90,8 @@ class Router(nn.Module):
             if tensor is not None:
                 tensor.zero_()
 
-    def forward(self, x: Tensor) -> Routing:
-        """Tokens (tokens, in_features) -> where they go.
+    def forward(self, x: Tensor, program: Program | None = None) -> Routing:
+        """Tokens (tokens, in_features) -> where they go, sorted as the ``program`` of a layer takes them, or by expert.
 
         Raises:
             ValueError: when input and weight differ in dtype, and under ``torch.autograd.detect_anomaly()`` for logits
@@ -108,7 +111,8 @@ class Router(nn.Module):
             scores = scores + BIAS_STEP * self.bias_steps
         chosen = scores.topk(self.top_k, dim=1).indices
         gate = logits.gather(1, chosen).softmax(1)
-        self.last = Routing(logits, gate, sort(chosen, self.experts))
+        routes = sort(chosen, self.experts) if program is None else arrange(x, chosen, self.experts, program)
+        self.last = Routing(logits, gate, chosen, routes)
         return self.last
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,30 +157,40 @@ def routing_loss(model: nn.Module, balance: float = 0.01, z: float = 0.001) -> T
         balance: coefficient of the first part.
         z: coefficient of the second.
 
+    Taking the losses lets go of the graph behind them: the routers keep values only, and what the backward pass of one
+    step leaves is not held until the next, in which a CUDA graph may be captured on another stream.
+
     Raises:
         ValueError: for a model without routers or with one that did not run; with gradients enabled also where a router
             in training ran without them, as under ``checkpoint(..., use_reentrant=True)``: use_reentrant=False keeps
-            them.
+            them; and for the second call with gradients after one forward pass.
     """
     losses = []
     for name, router in _routers(model).items():
         assert router.last is not None
-        logits, routes = router.last.logits, router.last.routes
+        logits, gate, chosen, routes = router.last
         lost = router.training and router.weight.requires_grad and not logits.requires_grad
         if lost and torch.is_grad_enabled():
-            raise ValueError(f"{name} ran without gradients; where that was a checkpoint, pass use_reentrant=False")
+            raise ValueError(
+                f"{name} ran without gradients, or its losses were taken already; call this once after each forward "
+                "pass, and where that was a checkpoint, pass use_reentrant=False"
+            )
         tokens = max(logits.shape[0], 1)
         loss = z * logits.logsumexp(1).square().sum() / tokens
         if router.balance == "loss":
-            share = _counts(routes).to(logits.dtype) / (tokens * router.top_k)
+            share = _counts(router).to(logits.dtype) / (tokens * router.top_k)
             loss = loss + balance * router.experts * (logits.softmax(1).sum(0) / tokens * share).sum()
         losses.append(loss)
+        if torch.is_grad_enabled():
+            router.last = Routing(logits.detach(), gate.detach(), chosen, routes)
     return torch.stack(losses).mean()
 
 
-def _counts(routes: Routes) -> Tensor:
+def _counts(router: Router) -> Tensor:
     """(experts,) int32, the choices that fell on each expert."""
-    return routes.ends.diff(prepend=routes.ends.new_zeros(1))
+    assert router.last is not None
+    every = torch.arange(router.experts, device=router.last.chosen.device)
+    return (router.last.chosen.flatten()[:, None] == every).sum(0, dtype=torch.int32)
 
 
 @torch.no_grad()
@@ -191,7 +205,7 @@ def routing_load(model: nn.Module) -> dict[str, Load]:
         assert router.last is not None
         logits, choices = router.last.logits, max(router.last.gate.numel(), 1)
         entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum() / max(logits.shape[0], 1)
-        found[name] = Load(_counts(router.last.routes).float() / choices, entropy)
+        found[name] = Load(_counts(router).float() / choices, entropy)
     return found
 
 
@@ -211,7 +225,7 @@ def update_balance_(model: nn.Module) -> None:
     for router in balanced:
         assert router.last is not None
         assert router.bias_steps is not None
-        counts = _counts(router.last.routes)
+        counts = _counts(router)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         router.bias_steps += (counts.sum() - counts * router.experts).sign()

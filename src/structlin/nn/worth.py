@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .. import analysis
+from .. import costs
 from ..ops import choice
-from ..ops.lowering import copied, lower
+from ..ops.lowering import lower
+from ..ops.moves import kernels_on
+from ..ops.work import work
 from ..plan import Plan
 
 TOKENS = {"cuda": 16384, "cpu": 256}
@@ -17,7 +19,7 @@ def speedup(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[float
     """Time of a dense layer over that of the steps of ``plan``, forward, and where it comes from.
 
     "measured" where ``structlin tune --inference`` has measured these steps on this device, in this dtype, for as many
-    tokens as `TOKENS` says; else "rule", from `structlin.analysis.predicted_cost`, whose rates are those of a GPU. The
+    tokens as `TOKENS` says; else "rule", from `structlin.costs`, whose rates are those of an H200. The
     meta device stands for the first GPU, or the CPU where there is none.
     """
     if device.type == "meta":
@@ -29,5 +31,6 @@ def speedup(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[float
     times = found.numbers.get("eager", {}) if found.why == "measured" else {}
     if "dense" in times and len(times) > 1:
         return times["dense"] / min(ms for name, ms in times.items() if name != "dense"), "measured"
-    cost = analysis.predicted_cost(plan, tokens, dtype.itemsize, keep=True, copied=copied(what))
-    return cost.dense / cost.structured, "rule"
+    ceilings = costs.HOPPER.get(dtype.itemsize, costs.HOPPER[4])
+    ours = costs.seconds(work(what, plan.kept, tokens, kernels_on(device, dtype), False), ceilings)
+    return costs.seconds(costs.composed_work(plan, tokens, False, True), ceilings) / ours, "rule"

@@ -26,15 +26,21 @@ class Blocks:
     a: tuple[int, ...]
     b: tuple[int, ...]
 
-    def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-        """Multiply, or add the product to ``into``."""
+    def run(
+        self, a: Tensor, b: Tensor, into: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Multiply, or add the product to ``into``; with ``pair`` also the product of these matrices, in one pass."""
         from ..kernels.blocks import gradient_of_blocks, sum_of_blocks
 
         a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         if self.which == "wgrad":
             assert into is None
+            assert pair is None
             return gradient_of_blocks(a, b, self.table)
-        return sum_of_blocks(a, b, self.table, self.which == "dgrad", into)
+        transposed = self.which == "dgrad"
+        if pair is not None:
+            pair = aligned(pair[0]), aligned(pair[1] if transposed else pair[1].mT)
+        return sum_of_blocks(a, b, self.table, transposed, into, pair)
 
 
 def blocks(chain: Chain, sizes: dict[str, int]) -> tuple[Blocks, Blocks, Blocks] | None:

@@ -9,8 +9,7 @@ accumulate into one result. It is registered with PyTorch, so that torch.compile
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -22,17 +21,22 @@ from .equation import parse
 from .lookup import collect, gather
 from .lowering import Program, program
 from .moves import kernels_on
-from .schedule import Product, add, multiply_then, saved_widths, schedule
+from .schedule import Product, Steps, add, gradient_widths, multiply_then, saved_widths, schedule
+from .traced import fake_backward, fake_forward, fake_input_backward, fake_inputs
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
-    "multiply(Tensor x, Tensor[] factors, str program, bool keep=True, bool kernels=True) -> Tensor[]",
+    "multiply(Tensor x, Tensor[] factors, Tensor[] saved, str program, bool keep=True, bool kernels=True) -> Tensor",
+    "multiply_inputs(Tensor x, Tensor[] factors, str program, bool kernels=True) -> Tensor[]",
     "multiply_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor[] saved, str program, bool[] needed,"
     " bool kernels=True) -> Tensor[]",
+    "multiply_input_backward(Tensor dy, Tensor[] gradients, Tensor[] firsts, str program, bool kernels=True) -> Tensor",
 ):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 _forward_op = torch.ops.structlin.multiply.default
+_inputs_op = torch.ops.structlin.multiply_inputs.default
 _backward_op = torch.ops.structlin.multiply_backward.default
+_input_backward_op = torch.ops.structlin.multiply_input_backward.default
 
 
 def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = True, kernels: bool = True) -> Tensor:
@@ -51,12 +55,12 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = T
     if x.is_complex() or not what.in_place or seen_through():
         return compose(x, factors, what)
     if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(x, factors, what.text, keep, kernels)[0]
+        result: Tensor = _forward_op(x, factors, [], what.text, keep, kernels)
         return result
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         y: Tensor = _Multiply.apply(what, False, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
         return y
-    return _forward(x, factors, what, False, kernels)[0]
+    return _forward(x, factors, (), what, False, kernels)[0]
 
 
 def check_dtype(given: torch.dtype, stored: torch.dtype) -> None:
@@ -85,30 +89,72 @@ def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = 
     return y
 
 
-def _run(x: Tensor, factors: Sequence[Tensor], what: Program, kernels: bool) -> tuple[list[Product], list[Tensor]]:
-    """The last product of each term, still to be run, and what the gradients need besides the input: each step's input
-    where that is a new tensor."""
-    x, remaining = x.contiguous(), iter(factors)
-    saved: list[Tensor] = []
-    products: list[Product] = []
+def _terms(
+    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, keep: bool, kernels: bool
+) -> Iterator[tuple[Steps, Sequence[Tensor], list[Tensor]]]:
+    """Of every term its schedule, its factors, and the input of each step: ``saved``, or computed where none are, and
+    then without ``keep`` that of the last step alone."""
+    first, kept = 0, iter(saved)
     for chain in schedule(what.text, x.shape[0], kernels_on(x.device, x.dtype, kernels)):
-        z = x if chain.before is None else chain.before.run(x)
-        for step in chain.steps:
-            if z is not x:
-                saved.append(z.view(-1))  # in what order is the schedule's affair
-            weight = next(remaining).contiguous()
-            if step is chain.steps[-1]:
-                products.append(Product(step.forward, step.after, z, weight))
-            else:
-                z = multiply_then(step.forward, step.after, z, weight)
-    return products, saved
+        own = factors[first : first + len(chain.steps)]
+        first += len(own)
+        if saved:
+            inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(own))]
+        else:
+            inputs = [x if chain.before is None else chain.before.run(x)]
+            for step, weight in zip(chain.steps[:-1], own, strict=False):
+                z = multiply_then(step.forward, step.after, inputs[-1], weight.contiguous())
+                inputs = [*inputs, z] if keep else [z]
+                del z  # held by the inputs alone, so that who takes it from them frees it
+        yield chain, own, inputs
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool) -> list[Tensor]:
-    """The result, and what `_run` saved if ``keep``."""
-    products, saved = _run(x, factors, what, kernels)
+def _forward(
+    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, keep: bool, kernels: bool
+) -> list[Tensor]:
+    """The result, and if ``keep`` what the gradients need besides the input: each step's input that is a new tensor."""
+    x = x.contiguous()
+    products: list[Product] = []
+    new: list[Tensor] = []
+    for chain, own, inputs in _terms(x, factors, saved, what, keep, kernels):
+        last = chain.steps[-1]
+        products.append(Product(last.forward, last.after, inputs[-1], own[-1].contiguous()))
+        new += [z.view(-1) for z in inputs if keep and z is not x]  # in what order is the schedule's affair
     y = add(products)
-    return [y.view(x.shape[0], prod(y.shape[1:])), *(saved if keep else ())]
+    return [y.view(x.shape[0], prod(y.shape[1:])), *new]
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    what: Program,
+    needed: Sequence[bool],
+    kernels: bool,
+) -> tuple[list[Tensor], list[Product]]:
+    """Gradients of every factor, an empty tensor where one is not needed; and the products, still to be run, whose sum
+    is that of the input, none where it is not needed."""
+    x, dy = x.contiguous(), dy.contiguous()
+    empty = dy.new_empty(0)
+    products: list[Product] = []
+    gradients: list[Tensor] = []
+    for chain, own, inputs in _terms(x, factors, saved, what, True, kernels):
+        steps, first = chain.steps, len(gradients)
+        *undos, last = [chain.undo, *(step.undo for step in steps)]
+        d = dy if last is None else last.run(dy)
+        found: list[Tensor] = []
+        for i in reversed(range(len(steps))):
+            z = inputs.pop()
+            found.append(steps[i].wgrad.run(z, d) if needed[1 + first + i] else empty)
+            del z  # what was computed again makes room for the next gradient
+            weight = own[i].contiguous()
+            if i:
+                d = multiply_then(steps[i].dgrad, undos[i], d, weight)
+            elif needed[0]:
+                products.append(Product(steps[0].dgrad, undos[0], d, weight))
+        gradients += reversed(found)
+    return gradients, products
 
 
 def _backward(
@@ -121,25 +167,35 @@ def _backward(
     kernels: bool,
 ) -> list[Tensor]:
     """Gradients of the input and of every factor; an empty tensor where one is not needed."""
-    x, dy, kept = x.contiguous(), dy.contiguous(), iter(saved or _run(x, factors, what, kernels)[1])
-    empty = dy.new_empty(0)
-    products: list[Product] = []
-    gradients: list[Tensor] = []
-    for chain in schedule(what.text, x.shape[0], kernels_on(x.device, x.dtype, kernels)):
-        steps, first = chain.steps, len(gradients)
-        inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(steps))]
-        *undos, last = [chain.undo, *(step.undo for step in steps)]
-        d = dy if last is None else last.run(dy)
-        found: list[Tensor] = []
-        for i in reversed(range(len(steps))):
-            found.append(steps[i].wgrad.run(inputs[i], d) if needed[1 + first + i] else empty)
-            weight = factors[first + i].contiguous()
-            if i:
-                d = multiply_then(steps[i].dgrad, undos[i], d, weight)
-            elif needed[0]:
-                products.append(Product(steps[0].dgrad, undos[0], d, weight))
-        gradients += reversed(found)
-    return [add(products).view_as(x) if products else empty, *gradients]
+    gradients, products = _gradients(dy, x, factors, saved, what, needed, kernels)
+    return [add(products).view_as(x) if products else dy.new_empty(0), *gradients]
+
+
+def _backward_by_operators(
+    dy: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    what: Program,
+    needed: Sequence[bool],
+    keep: bool,
+    kernels: bool,
+) -> list[Tensor]:
+    """As `_backward`, by two operators, so that compiled code lets go of the input before its gradient is allocated."""
+    dy, wide = dy.contiguous(), what.chains[0].in_features > what.chains[0].out_features
+    if torch._C._len_torch_dispatch_stack() and not (keep and wide):
+        # PyTorch keeps what an operator of ours reads, and may compute again what this view stands for: a norm, an
+        # activation or a cast before the layer, at the cost of writing the input once more.
+        x = x.split(x.shape[1], 1)[0]
+    gradients = _backward_op(dy, x, factors, saved, what.text, needed, kernels)
+    count, first = len(factors), 0
+    if not needed[0]:
+        return [dy.new_empty(0), *gradients]
+    firsts = []
+    for chain in what.chains:
+        firsts.append(factors[first])
+        first += len(chain.stages)
+    return [_input_backward_op(dy, gradients[count:], firsts, what.text, kernels), *gradients[:count]]
 
 
 class _Multiply(torch.autograd.Function):
@@ -147,9 +203,11 @@ class _Multiply(torch.autograd.Function):
     def forward(
         ctx: Any, what: Program, opaque: bool, keep: bool, kernels: bool, x: Tensor, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.what, ctx.opaque, ctx.kernels = what, opaque, kernels
-        run = _below_autograd if opaque else _forward
-        y, *saved = run(x, factors, what, keep, kernels)
+        ctx.what, ctx.opaque, ctx.keep, ctx.kernels = what, opaque, keep, kernels
+        if opaque:
+            y, saved = _forward_by_operators(x, factors, what, keep, kernels)
+        else:
+            y, *saved = _forward(x, factors, (), what, keep, kernels)
         ctx.factors = len(factors)
         ctx.save_for_backward(x, *factors, *saved)
         ctx.mark_non_differentiable(*saved)
@@ -167,13 +225,11 @@ class _Multiply(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, None, None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed))
         if ctx.opaque:
-            found: list[Tensor] = _backward_op(dy, x, factors, saved, ctx.what.text, needed, ctx.kernels)
+            found = _backward_by_operators(dy, x, factors, saved, ctx.what, needed, ctx.keep, ctx.kernels)
         else:
             found = _backward(dy, x, factors, saved, ctx.what, needed, ctx.kernels)
-        gradients: list[Tensor | None] = [
-            gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)
-        ]
-        return None, None, None, None, *gradients
+        wanted = (gradient if need else None for gradient, need in zip(found, needed, strict=True))
+        return None, None, None, None, *wanted
 
 
 def _differentiable_backward(
@@ -184,50 +240,71 @@ def _differentiable_backward(
     return (next(found) if need else None for need in needed)
 
 
-def _below_autograd(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool) -> list[Tensor]:
+def _forward_by_operators(
+    x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The result and what is saved, each by an operator: of one that returned both PyTorch would rather save what is
+    computed from the result, however wide, than the result."""
     with torch._C._AutoDispatchBelowAutograd():
-        result: list[Tensor] = _forward_op(x, factors, what.text, keep, kernels)
-    return result
+        saved: list[Tensor] = []
+        if keep and saved_widths(what.text, kernels_on(x.device, x.dtype, kernels)):
+            saved = _inputs_op(x, factors, what.text, kernels)
+        return _forward_op(x, factors, saved, what.text, keep, kernels), saved
 
 
-def _autograd(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> list[Tensor]:
-    refuse_transforms("multiply")
-    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        return list(_Multiply.apply(program(text), True, keep, kernels, x, *factors))  # type: ignore[no-untyped-call]
-    return _below_autograd(x, factors, program(text), keep, kernels)
-
-
-def _fake_forward(
-    x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True
-) -> list[Tensor]:
-    _register_flops()
-    widths = saved_widths(text, kernels_on(x.device, x.dtype, kernels)) if keep else []
-    y = x.new_empty(x.shape[0], program(text).chains[0].out_features)
-    return [y, *(x.new_empty(x.shape[0] * width) for width in widths)]
-
-
-def _fake_backward(
-    dy: Tensor,
+def _autograd(
     x: Tensor,
     factors: Sequence[Tensor],
     saved: Sequence[Tensor],
     text: str,
-    needed: Sequence[bool],
+    keep: bool = True,
     kernels: bool = True,
-) -> list[Tensor]:
-    return [x.new_empty(t.shape if need else (0,)) for t, need in zip((x, *factors), needed, strict=True)]
+) -> Tensor:
+    refuse_transforms("multiply")
+    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
+        y: Tensor = _Multiply.apply(program(text), True, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
+        return y
+    return _forward_by_operators(x, factors, program(text), False, kernels)[0]
 
 
-def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> list[Tensor]:
+def _undifferentiated(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What an operator does that is called inside of another's derivative: it has none of its own."""
+
+    def run(*given: Any) -> Any:
+        refuse_transforms(operator._opname)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*given)
+
+    return run
+
+
+def _compute(
+    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True
+) -> Tensor:
+    _check(x, factors, text)
+    return _apart(_forward(x, factors, saved, program(text), False, kernels), x)[0]
+
+
+def _compute_inputs(x: Tensor, factors: Sequence[Tensor], text: str, kernels: bool = True) -> list[Tensor]:
+    _check(x, factors, text)
+    given = x.contiguous()
+    terms = _terms(given, factors, (), program(text), True, kernels)
+    return _apart([z.view(-1) for _, _, inputs in terms for z in inputs if z is not given], x)
+
+
+def _check(x: Tensor, factors: Sequence[Tensor], text: str) -> None:
     what = program(text)
     wanted: list[tuple[int, ...]] = [(x.shape[0], what.chains[0].in_features)]
     wanted += [tuple(what.sizes[a] for a in parse(s.equation)[1]) for chain in what.chains for s in chain.stages]
     given = [tuple(tensor.shape) for tensor in (x, *factors)]
     if given != wanted:
         raise ValueError(f"{text!r} takes an input and factors of shapes {wanted}, not {given}")
-    found, memory = [], {x.untyped_storage().data_ptr()}
-    for tensor in _forward(x, factors, what, keep, kernels):
-        # a relayout that only moves axes of size 1 is a view, which an operator may not return
+
+
+def _apart(results: Sequence[Tensor], given: Tensor) -> list[Tensor]:
+    # a relayout that only moves axes of size 1 is a view, which an operator may not return
+    found, memory = [], {given.untyped_storage().data_ptr()}
+    for tensor in results:
         pointer = tensor.untyped_storage().data_ptr()
         found.append(tensor.clone() if pointer in memory else tensor)
         memory.add(pointer)
@@ -243,67 +320,30 @@ def _compute_backward(
     needed: Sequence[bool],
     kernels: bool = True,
 ) -> list[Tensor]:
-    return _backward(dy, x, factors, saved, program(text), needed, kernels)
+    gradients, products = _gradients(dy, x, factors, saved, program(text), needed, kernels)
+    shared = [width == 0 for width in gradient_widths(text)]
+    first = [dy.new_empty(0) if at_dy else p.a.view(-1) for p, at_dy in zip(products, shared, strict=False)]
+    return [*gradients, *_apart(first, dy)]
 
 
-def _autograd_backward(
-    dy: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    text: str,
-    needed: Sequence[bool],
-    kernels: bool = True,
-) -> list[Tensor]:
-    refuse_transforms("multiply_backward")
-    with torch._C._AutoDispatchBelowAutograd():
-        result: list[Tensor] = _backward_op(dy, x, factors, saved, text, needed, kernels)
-    return result
-
-
-_library.impl("multiply", _compute, "CompositeExplicitAutograd")
-_library.impl("multiply", _autograd, "Autograd")
-_library.impl("multiply_backward", _compute_backward, "CompositeExplicitAutograd")
-_library.impl("multiply_backward", _autograd_backward, "Autograd")
-torch.library.register_fake("structlin::multiply", _fake_forward, lib=_library)
-torch.library.register_fake("structlin::multiply_backward", _fake_backward, lib=_library)
-
-
-def _stage_flops(text: str, tokens: int) -> list[list[int]]:
-    """Of every stage of every chain."""
-    sizes = {"t": tokens, **program(text).sizes}
-    return [
-        [2 * prod(sizes[axis] for axis in {*parse(s.equation)[0], *parse(s.equation)[1]}) for s in chain.stages]
-        for chain in program(text).chains
+def _compute_input_backward(
+    dy: Tensor, gradients: Sequence[Tensor], firsts: Sequence[Tensor], text: str, kernels: bool = True
+) -> Tensor:
+    dy = dy.contiguous()
+    chains = schedule(text, dy.shape[0], kernels_on(dy.device, dy.dtype, kernels))
+    products = [
+        Product(chain.steps[0].dgrad, chain.undo, d if width else dy, weight.contiguous())
+        for chain, d, weight, width in zip(chains, gradients, firsts, gradient_widths(text), strict=True)
     ]
+    return add(products).view(dy.shape[0], program(text).chains[0].in_features)
 
 
-@cache
-def _register_flops() -> None:
-    # on first tracing, as the counter takes long to import; outside compiled code it counts plain PyTorch
-    from torch.utils.flop_counter import register_flop_formula
-
-    register_flop_formula(torch.ops.structlin.multiply)(_flops)
-    register_flop_formula(torch.ops.structlin.multiply_backward)(_backward_flops)
-
-
-def _flops(x: Sequence[int], _factors: object, text: str, *_: Any, **__: Any) -> int:
-    return sum(map(sum, _stage_flops(text, x[0])))
-
-
-def _backward_flops(
-    _dy: object,
-    x: Sequence[int],
-    _factors: object,
-    _saved: object,
-    text: str,
-    needed: Sequence[bool],
-    *_: Any,
-    **__: Any,
-) -> int:
-    total, factor = 0, 0
-    for chain in _stage_flops(text, x[0]):
-        for i, flops in enumerate(chain):
-            factor += 1
-            total += flops * (bool(needed[factor]) + (i > 0 or needed[0]))
-    return total
+for _name, _run, _differentiate, _fake in (
+    ("multiply", _compute, _autograd, fake_forward),
+    ("multiply_inputs", _compute_inputs, _undifferentiated(_inputs_op), fake_inputs),
+    ("multiply_backward", _compute_backward, _undifferentiated(_backward_op), fake_backward),
+    ("multiply_input_backward", _compute_input_backward, _undifferentiated(_input_backward_op), fake_input_backward),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _differentiate, "Autograd")
+    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)

@@ -1,7 +1,7 @@
 """Which backend `auto` runs: measured once for a layer, a dtype, a number of tokens and a device, then looked up.
 
 A choice comes from memory, else from disk, else it is measured, and where that is not possible it follows from the cost
-rule of `structlin.analysis.predicted_cost`. Nothing is measured while PyTorch traces or captures a graph, inside a
+model of `structlin.costs`. Nothing is measured while PyTorch traces or captures a graph, inside a
 backward pass, or in one of several processes, which have to agree. A CPU runs `bmm` unless it was told to measure, so
 that results there are the same to the last bit.
 """
@@ -17,19 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import analysis
+from .. import costs
 from ..machine import describe_device, versions
-from . import measure, store
+from . import joined, measure, store
 from .contract import autocast_dtype, seen_through
 from .equation import constant_when_traced
-from .lowering import Program, copied, plan_of, program
+from .lowering import Program, plan_of, program
+from .moves import kernels_on
+from .work import joined_work, work
 
-CANDIDATES = ("triton", "bmm", "dense")
+CANDIDATES = ("joined", "triton", "bmm", "dense")
 """What `auto` chooses from."""
 
 MEASURED = ("cuda",)  # types of devices on which the first use of a layer measures
 ANY_NUMBER = 16384  # tokens, where compiled code takes any number of them
 MARGIN = 1.03  # dense has to be faster by this much: it needs memory for its weight
+FUSED = 0.95  # of its time counts for a joined product in a graph: compiled code adds its results up as it reads them
 
 
 class Key(NamedTuple):
@@ -46,7 +49,7 @@ class Key(NamedTuple):
 class Choice:
     """The backend to launch from Python (``eager``), the one inside a CUDA graph or compiled code (``graph``), and why.
 
-    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, or predicted costs in MB.
+    ``why`` is "measured" or "rule"; ``numbers`` are milliseconds by launch and backend, measured or predicted.
     """
 
     eager: str
@@ -74,10 +77,10 @@ class Choice:
         what = self.eager if self.eager == self.graph else f"{self.eager} from Python, {self.graph} in graphs"
         if self.why == "rule" and not self.numbers:
             return f"{what} (the default where nothing was measured)"
-        unit, form = ("ms", "{:.3f}") if self.why == "measured" else ("MB moved in the same time", "{:.1f}")
+        unit = "ms" if self.why == "measured" else "ms on an H200, predicted"
         launches = {"eager": "from Python", "graph": "in graphs"}
         parts = [
-            f"{launches[launch]} {', '.join(f'{name} {form.format(value)}' for name, value in found.items())} {unit}"
+            f"{launches[launch]} {', '.join(f'{name} {value:.3f}' for name, value in found.items())} {unit}"
             for launch, found in self.numbers.items()
         ]
         return f"{what} ({self.why}; {'; '.join(parts)})"
@@ -136,17 +139,24 @@ def settle(key: Key) -> Choice:
 
 @lru_cache(maxsize=1024)
 def rule(key: Key) -> Choice:
-    """The choice where nothing can be measured; `bmm` on a CPU."""
+    """The choice where nothing can be measured, by what an H200 would take; `bmm` on a CPU."""
     subject = _subject(key)
-    ours = measure.structured(subject.what, key.dtype, key.tokens, key.device)[0]
     if key.device.type not in MEASURED:
         return Choice("bmm", "bmm", "rule")
-    plan = plan_of(subject.what, subject.kept)
+    plan, ceilings = plan_of(subject.what, subject.kept), costs.HOPPER.get(key.dtype.itemsize, costs.HOPPER[4])
+    found = measure.structured(subject.what, key.dtype, key.tokens, key.device)
+    kernels, how = kernels_on(key.device, key.dtype), joined.joined(subject.what)
+    runs = {
+        "triton" if "triton" in found else "bmm": work(subject.what, subject.kept, key.tokens, kernels, key.training)
+    }
+    if how is not None and "joined" in found:
+        runs["joined"] = joined_work(how, subject.kept, key.tokens, kernels, key.training)
+    times = {name: 1e3 * costs.seconds(run, ceilings) for name, run in runs.items()}
     numbers: dict[str, dict[str, float]] = {}
     for launch, keep in (("eager", not key.training), ("graph", False)):
-        cost = analysis.predicted_cost(plan, key.tokens, key.dtype.itemsize, key.training, keep, copied(subject.what))
-        numbers[launch] = {ours: cost.structured / 1e6, "dense": cost.dense / 1e6}
-    return Choice(_fastest(numbers["eager"]), _fastest(numbers["graph"]), "rule", numbers)
+        dense = costs.seconds(costs.composed_work(plan, key.tokens, key.training, keep), ceilings)
+        numbers[launch] = times | {"dense": 1e3 * dense}
+    return _fastest(numbers, "rule")
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -234,13 +244,20 @@ def _measured(key: Key) -> Choice:
     times = measure.times(_subject(key))
     if not times["eager"] or not times["graph"]:
         return rule(key)  # nothing fits into memory beside what is there
-    found = Choice(_fastest(times["eager"]), _fastest(times["graph"]), "measured", times)
+    found = _fastest(times, "measured")
     store.save(_portable(key), dataclasses.asdict(found))
     return found
 
 
-def _fastest(times: dict[str, float]) -> str:
-    return min(times, key=lambda backend: times[backend] * (MARGIN if backend == "dense" else 1))
+def _fastest(numbers: dict[str, dict[str, float]], why: str) -> Choice:
+    eager, graph = numbers["eager"], numbers["graph"]
+    handicaps = {"dense": MARGIN, "joined": FUSED}
+    return Choice(
+        min(eager, key=lambda backend: eager[backend] * (MARGIN if backend == "dense" else 1)),
+        min(graph, key=lambda backend: graph[backend] * handicaps.get(backend, 1)),
+        why,
+        numbers,
+    )
 
 
 def _known(key: Key) -> Choice | None:

@@ -114,7 +114,7 @@ def refuse_transforms(name: str) -> None:
     if _transforming():
         raise NotImplementedError(
             f"the op structlin::{name} has no forward-mode or functional derivative of its own; "
-            f"call structlin.ops.{name.removesuffix('_backward')}, which runs as plain PyTorch there"
+            f"call structlin.ops.{name.partition('_')[0]}, which runs as plain PyTorch there"
         )
 
 

@@ -82,13 +82,6 @@ def literal(plan: Plan) -> Program:
     return program(_text(plan, [[step.equation for step in term.steps] for term in plan.terms]))
 
 
-def copied(what: Program) -> int:
-    """Features of a token that the relayouts of a program copy."""
-    inner = [parse(s.equation)[0][1:] for chain in what.chains for s in chain.stages if s.relayout is not None]
-    ends = [chain.y for chain in what.chains if chain.relayout is not None]
-    return sum(prod(what.sizes[axis] for axis in axes) for axes in inner + ends)
-
-
 def plan_of(what: Program, kept: tuple[int, int] | None = None) -> Plan:
     """The plan that a program runs, its factors named in order w1, w2, ...; ``kept`` as in `Plan`."""
     terms: list[Term] = []

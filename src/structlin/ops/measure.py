@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense
+from . import dense, joined
 from .chain import multiply
 from .lowering import Program, plan_of
 from .moves import Kernels, kernels_on
@@ -52,12 +52,14 @@ class Subject:
 
 
 def structured(what: Program, dtype: torch.dtype, tokens: int, device: torch.device) -> tuple[str, ...]:
-    """The backends that run the steps of a program there: `triton` where a kernel of ours takes part, and `bmm`."""
+    """The backends that run the steps of a program there: `joined` for a sum that can be one product, `triton` where a
+    kernel of ours takes part, and `bmm`."""
+    found = ("bmm",) if joined.joined(what) is None else ("joined", "bmm")
     ours = kernels_on(device, dtype)
     none = Kernels(False, False)
     if what.in_place and ours != none and schedule(what.text, tokens, ours) != schedule(what.text, tokens, none):
-        return "triton", "bmm"
-    return ("bmm",)
+        return (*found[:-1], "triton", "bmm")
+    return found
 
 
 def times(subject: Subject) -> Times:
@@ -160,5 +162,9 @@ class _Operands:
         if backend == "dense":
             return F.linear(self.x, dense.weight(self.plan, self.factors) if kept is None else kept)
         padded = F.pad(self.x, (0, self.plan.padded[1] - self.plan.in_features)) if self.plan.kept else self.x
-        y = multiply(padded, self.factors, self.subject.what, kernels=backend == "triton")
+        how = joined.joined(self.subject.what) if backend == "joined" else None
+        if how is None:
+            y = multiply(padded, self.factors, self.subject.what, kernels=backend != "bmm")
+        else:
+            y = joined.multiply(padded, self.factors, how)
         return y[:, : self.plan.out_features].contiguous()

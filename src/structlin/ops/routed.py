@@ -1,22 +1,26 @@
 """A chain of contractions in which every token visits the experts that its router chose, and no others.
 
-Tokens are copied to rows sorted by expert, each step is one grouped GEMM over those rows, and the rows of a token are
-added up again. Both moves are a gather in either direction, so nothing is added by atomic operations and every result
-is the same bits each time. Nothing is read back from the device.
+Where kernels of ours fit, `ops/mixture.py` runs it. Elsewhere tokens are copied to rows sorted by expert, each step is
+one grouped GEMM over those rows, and the rows of a token are added up again. Both moves are a gather in either
+direction, so nothing is added by atomic operations and every result is the same bits each time. Nothing is read back
+from the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.tiles import Sets
 from ..plan import TOKENS, Axes, Plan, Table, Term
 from .contract import autocast
 from .lookup import collect, gather
+from .mixture import Digits, by_sets, group_by_set, mixture
 from .ragged import ragged_mm
 
 
@@ -34,6 +38,19 @@ class Routes(NamedTuple):
     row: Tensor
     ends: Tensor
     choice: Tensor
+
+
+def sorts_by_set(x: Tensor, experts: int, top_k: int, what: Program) -> bool:
+    """Whether `arrange` sorts the tokens ``x`` by set."""
+    return by_sets(x, experts, top_k, [chain.digits for chain in what.chains])
+
+
+def arrange(x: Tensor, chosen: Tensor, experts: int, what: Program) -> Routes | Sets:
+    """How the tokens ``x`` (tokens, in_features) are sorted for a program, by their ``chosen`` (tokens, top_k) experts,
+    int64: by set where `mixture` takes them, else by expert."""
+    if sorts_by_set(x, experts, chosen.shape[1], what):
+        return group_by_set(chosen, experts)
+    return sort(chosen, experts)
 
 
 def sort(chosen: Tensor, experts: int) -> Routes:
@@ -111,13 +128,17 @@ class Stage(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A term of a plan: ``view`` is how a token is read, ``order`` what the last stage yields of (tokens, *axes)."""
+    """A term of a plan: ``view`` is how a token is read, ``order`` what the last stage yields of (tokens, *axes).
+
+    ``digits`` are those that `mixture` takes, if the term is of that form.
+    """
 
     table: Table | None
     view: tuple[int, ...]
     stages: tuple[Stage, ...]
     order: tuple[int, ...]
     out_table: Table | None
+    digits: Digits | None
 
 
 class Program(NamedTuple):
@@ -158,10 +179,38 @@ def _chain(plan: Plan, term: Term) -> Chain:
         axes = (*step.group, TOKENS, *step.free, *step.out)
     home = (TOKENS, *term.y)
     order = tuple(home.index(axis) for axis in axes)
-    return Chain(term.table, plan.shape(term.x), tuple(stages), order, term.out_table)
+    return Chain(term.table, plan.shape(term.x), tuple(stages), order, term.out_table, _digits(plan, term))
 
 
-def multiply_routed(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: Routes, what: Program) -> Tensor:
+def _digits(plan: Plan, term: Term) -> Digits | None:
+    """Those of a term of two steps that reads, stores and writes everything in the order that `mixture` takes."""
+    if len(term.steps) != 2 or term.table is not None or term.out_table is not None:
+        return None
+    (one, two), (first, second) = term.steps, term.weights
+    given = term.x, first, second, term.y, one.free, two.free, two.group, two.contract
+    c, a, f, o = one.group, one.contract, two.group, two.out
+    taken: tuple[Axes, ...] = (*c, *a), (*c, *f, *a), (*f, *o, *c), (*f, *o), (), (), one.out, c
+    sizes = plan.sizes
+    for axes, wanted in zip(given, taken, strict=True):
+        if [axis for axis in axes if sizes[axis] > 1] != [axis for axis in wanted if sizes[axis] > 1]:
+            return None
+    return plan.size(c), plan.size(a), plan.size(f), plan.size(o)
+
+
+@cache
+def _of_digits(digits: Digits) -> Program:
+    c, a, f, o = digits
+    return program(Plan.einsum("c a, c f a, f o c -> f o", c=c, a=a, f=f, o=o))
+
+
+def by_rows(x: Tensor, factors: Sequence[Tensor], gate: Tensor, chosen: Tensor, experts: int, digits: Digits) -> Tensor:
+    """`mixture` as rows sorted by expert, differentiable any number of times."""
+    return multiply_routed(x, factors, gate, chosen, sort(chosen, experts), _of_digits(digits))
+
+
+def multiply_routed(
+    x: Tensor, factors: Sequence[Tensor], gate: Tensor, chosen: Tensor, routes: Routes | Sets, what: Program
+) -> Tensor:
     """``y = sum_e gate_e W_e x`` over the experts that each token chose.
 
     The gate multiplies what the first factor of each term yields: for a BTT with its rank axis as experts, the
@@ -171,7 +220,8 @@ def multiply_routed(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: 
         x: (tokens, in_features).
         factors: those of the plan in order, each with the experts as an additional first axis, of the dtype of ``x``.
         gate: (tokens, top_k), any float dtype.
-        routes: of the experts chosen.
+        chosen: (tokens, top_k) int64, the experts.
+        routes: what `arrange` made of them, for a program of the same ``digits``.
         what: the program of the matrix of one expert.
 
     Returns:
@@ -187,13 +237,26 @@ def multiply_routed(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: 
                 f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
             )
     x = F.pad(x, (0, what.pad)) if what.pad else x
-    by_row, first = gate.flatten().index_select(0, routes.choice).to(x.dtype), 0
+    first = 0
     y: Tensor | None = None
     for chain in what.chains:
-        found = _run(x, factors[first : first + len(chain.stages)], by_row, routes, chain)
+        those = factors[first : first + len(chain.stages)]
+        if isinstance(routes, Sets):
+            found = _run_by_sets(x, those, gate, chosen, routes, chain)
+        else:
+            found = _run(x, those, gate.flatten().index_select(0, routes.choice).to(x.dtype), routes, chain)
         y, first = found if y is None else y + found, first + len(chain.stages)
     assert y is not None
     return y if what.keep is None else y[:, : what.keep].contiguous()
+
+
+def _run_by_sets(
+    x: Tensor, factors: Sequence[Tensor], gate: Tensor, chosen: Tensor, sets: Sets, chain: Chain
+) -> Tensor:
+    assert chain.digits is not None
+    c, a, f, o = chain.digits
+    first, second = factors
+    return mixture(x, first.reshape(-1, c, f, a), second.reshape(-1, f, o, c), gate, chosen, sets)
 
 
 def _run(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: Routes, chain: Chain) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 
 import torch
@@ -75,12 +75,43 @@ class Product:
     b: Tensor
 
 
+def pairs(products: Sequence[tuple[Multiply, Move | None]]) -> dict[int, int]:
+    """Which terms of a sum share a kernel: for the place of a block-sparse product that of a product of two plain
+    matrices, such as the last one of a low-rank term, whose inner dimension continues that of the blocks."""
+    plain = [i for i, (gemm, move) in enumerate(products) if move is None and isinstance(gemm, Gemm)]
+    found: dict[int, int] = {}
+    for i, (gemm, _) in enumerate(products):
+        if isinstance(gemm, Blocks):
+            fitting = [j for j in plain if _continues(products[j][0], gemm) and j not in found.values()]
+            found |= {i: fitting[0]} if fitting else {}
+    return found
+
+
+def _continues(gemm: Multiply, blocks: Blocks) -> bool:
+    """Whether the block-sparse kernel can read the operands of ``gemm`` and writes its result as it lies."""
+    assert isinstance(gemm, Gemm)
+    *_, rank = gemm.a[0]
+    (*group, tokens, n), _ = gemm.c
+    b = (1, rank) if blocks.which == "forward" else (n, 1)
+    strides = gemm.a[1], gemm.b[1], gemm.c[1]
+    return not group and tokens > 0 and rank % 8 == 0 and strides == ((rank, 1), b, (n, 1))
+
+
 def add(products: Sequence[Product]) -> Tensor:
-    """The sum of products of one shape, each added to what is there."""
+    """The sum of products of one shape: two in one kernel where they pair up, else each added to what is there."""
+    paired = pairs([(product.gemm, product.relayout) for product in products])
     total: Tensor | None = None
     # a block-sparse product adds to what is there while it multiplies, a GEMM by a pass over memory
-    for product in sorted(products, key=lambda product: isinstance(product.gemm, Blocks)):
-        total = multiply_then(product.gemm, product.relayout, product.a, product.b, total)
+    for i in sorted(range(len(products)), key=lambda i: isinstance(products[i].gemm, Blocks)):
+        gemm, relayout, a, b = products[i].gemm, products[i].relayout, products[i].a, products[i].b
+        if i in paired:
+            assert isinstance(gemm, Blocks)
+            beside = products[paired[i]]
+            assert isinstance(beside.gemm, Gemm)
+            matrices = beside.a.as_strided(*beside.gemm.a), beside.b.as_strided(*beside.gemm.b)
+            total = gemm.run(a, b, total, matrices)
+        elif i not in paired.values():
+            total = multiply_then(gemm, relayout, a, b, total)
     assert total is not None
     return total
 
@@ -140,6 +171,15 @@ def saved_widths(text: str, kernels: Kernels) -> list[int]:
         saved = chain.stages if moved else chain.stages[1:]
         widths += [prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved]
     return widths
+
+
+@cache
+def gradient_widths(text: str) -> list[int]:
+    """Elements per token of the gradient of each term's first product; 0 where it is that of the result itself."""
+    what = program(text)
+    same = [len(chain.stages) == 1 and chain.relayout is None and chain.collect is None for chain in what.chains]
+    ends = [parse(chain.stages[0].equation)[2][1:] for chain in what.chains]
+    return [0 if own else prod(what.sizes[axis] for axis in end) for own, end in zip(same, ends, strict=True)]
 
 
 def _chain(chain: Chain, sizes: dict[str, int], kernels: Kernels) -> Steps:

@@ -74,7 +74,7 @@ def page(records: Sequence[Record], curves: bytes, pareto: bytes) -> str:
         pareto=base64.b64encode(pareto).decode(),
         curves=base64.b64encode(curves).decode(),
         command=last["command"],
-        tables=[("Machine", machine), ("Run", _flat(run))],
+        tables=[("Machine", machine), ("Run", flat(run))],
     )
 
 
@@ -90,11 +90,12 @@ def write_report(folder: Path, records: Sequence[Record]) -> None:
     write_bytes(folder / "report.html", page(records, curves, pareto).encode())
 
 
-def _flat(values: dict[str, Any]) -> dict[str, str]:
+def flat(values: dict[str, Any]) -> dict[str, str]:
+    """Nested values as one list of facts: ``{"model": {"width": 64}}`` is ``{"model.width": "64"}``."""
     facts: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            facts |= {f"{name}.{inner}": text for inner, text in _flat(value).items()}
+            facts |= {f"{name}.{inner}": text for inner, text in flat(value).items()}
         else:
             facts[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return facts

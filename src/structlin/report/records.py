@@ -17,14 +17,14 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 SCHEMA = "structlin.records"
 VERSION = 1
-KINDS = ("compare", "bench", "spike", "train", "eval")
+KINDS = ("compare", "bench", "spike", "train", "eval", "search")
 STATUSES = ("ok", "failed")
 
 
 class Record(TypedDict):
     """One run. ``metrics`` are single numbers, ``series`` lists of numbers; a number that does not exist is None."""
 
-    kind: Literal["compare", "bench", "spike", "train", "eval"]
+    kind: Literal["compare", "bench", "spike", "train", "eval", "search"]
     name: str
     created: str
     command: str

@@ -17,15 +17,17 @@ class Dyad(Spec):
     """Factors ``lower`` and ``upper``, both (nblocks, out/nblocks, in/nblocks).
 
     ``lower`` is block diagonal. ``upper`` reads its input with stride nblocks (variant "it"), writes its output with
-    stride nblocks ("ot"), or both ("dt").
+    stride nblocks ("ot"), or both ("dt"): the variants of the paper. "narrow" is "ot" where the output is narrower than
+    the input and else "it", so that the stride is at the end with fewer features, where it costs least.
     """
 
     nblocks: int = 4
-    variant: Literal["it", "ot", "dt"] = "it"
+    variant: Literal["it", "ot", "dt", "narrow"] = "it"
 
     def plan(self, out_features: int, in_features: int) -> Plan:
         n, k = divide("nblocks", self.nblocks, out_features=out_features, in_features=in_features)
-        x, y = VARIANTS[self.variant]
+        narrow = "ot" if out_features < in_features else "it"
+        x, y = VARIANTS[narrow if self.variant == "narrow" else self.variant]
         lower = Plan.einsum("g k, g n k -> g n", names=["lower"], g=self.nblocks, n=n, k=k)
         upper = Plan.einsum(f"{x}, g n k -> {y}", names=["upper"], g=self.nblocks, n=n, k=k)
         return lower + upper
@@ -42,3 +44,4 @@ class Dyad(Spec):
         yield cls(nblocks=4, variant="it"), (24, 16)
         yield cls(nblocks=4, variant="ot"), (24, 16)
         yield cls(nblocks=2, variant="dt"), (16, 24)
+        yield cls(nblocks=2, variant="narrow"), (16, 24)

@@ -109,7 +109,7 @@ def configure(
     Raises:
         OptionError: naming the option, what was given and what is allowed.
     """
-    chosen = PRESETS[_among("--preset", preset, PRESETS)]
+    chosen = PRESETS[among("--preset", preset, PRESETS)]
     names = tuple(str(spec) for spec in _parse_structures(structures, chosen))
     _check_where(where, names, chosen)
     steps = chosen.steps if steps is None else steps
@@ -132,8 +132,8 @@ def configure(
         steps=steps,
         seed=seed,
         lr=lr,
-        device=_device(device),
-        dtype=_among("--dtype", dtype, DTYPES),
+        device=device_of(device),
+        dtype=among("--dtype", dtype, DTYPES),
         data=text.describe(),
     )
 
@@ -172,7 +172,8 @@ def _check_where(where: str, structures: Sequence[str], preset: Preset) -> None:
                 raise OptionError("--structures", f"{structure}: {error}") from None
 
 
-def _among(option: str, given: str, allowed: Any) -> str:
+def among(option: str, given: str, allowed: Any) -> str:
+    """``given``, which must be one of ``allowed``; else an OptionError that names ``option`` and the nearest choice."""
     if given not in allowed:
         near = difflib.get_close_matches(given, allowed, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -180,9 +181,10 @@ def _among(option: str, given: str, allowed: Any) -> str:
     return given
 
 
-def _device(given: str | None) -> str:
+def device_of(given: str | None) -> str:
+    """A device that is there: ``given``, or without one a GPU if there is one, else the CPU; else an OptionError."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if given is None:
         return "cuda" if count else "cpu"
-    return _among("--device", given, allowed)
+    return among("--device", given, allowed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..densify import densify_
 from ..guide import Guidance, guide_
+from ..nn import update_balance_
 from . import model as models
 from .config import OptionError
 from .recipe import Recipe
@@ -55,6 +56,7 @@ class Engine:
         self.wrapped, self.optimizer = self._prepared()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.densified = False
+        self.balances = any(router.balance == "bias" for router in models.routers(self.model))
         self.restart()
 
     def restart(self) -> None:
@@ -93,6 +95,8 @@ class Engine:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.balances:
+            update_balance_(self.model)
         if self.guide:
             self.guide.step(self.optimizer)
 

@@ -106,6 +106,8 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
     Raises:
         ValueError: for a folder without a finished run.
     """
+    from .. import hf  # noqa: F401, structures fit the layers of GPT-2 from here on
+
     folder = Path(folder)
     try:
         run = json.loads((folder / RUN).read_bytes())
@@ -115,22 +117,21 @@ def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
     if not (folder / MODEL).exists():
         raise ValueError(f"the run in {folder} is not finished; the command that started it goes on: {run['command']}")
     recipe = Recipe.from_dict(run["recipe"])
-    return checkpoint.load(model.dense(recipe, run["vocabulary"], "sdpa"), folder / MODEL).eval(), tokenizer, recipe
+    empty = model.portable(model.dense(recipe, run["vocabulary"], "sdpa"))
+    return checkpoint.load(empty, folder / MODEL).eval(), tokenizer, recipe
 
 
 def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None:
     """The record, after the model of a run that did not fail, so that a finished run has both.
 
-    Where transformers can build the model from its configuration, that and the tokenizer lie beside the weights. GPT-2
-    has ``nn.Linear`` here and transposed weights there, so only `load` reads it.
+    Configuration and tokenizer lie beside the weights, so that ``structlin eval`` reads the folder.
     """
     if record["status"] == "ok":
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
-        checkpoint.save(engine.model, folder / MODEL)
         config: Any = engine.model.config
-        if config.model_type != "gpt2":
-            (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-            (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
+        checkpoint.save(model.portable(engine.model), folder / MODEL)
+        (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+        (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
     records.write(folder / RECORD, [record])
 
 

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from ..conversion import Conversion
 from ..models.flops import linear_flops
+from ..nn import Router, routing_loss
 from ..optim import param_groups
 from ..spec import Spec, parse
 from ..surgery import to_structured_
 from .config import OptionError
 from .recipe import Recipe
+from .standard import is_standard, mix_
 
 BLOCKS = {
     "opt": "model.decoder.layers",
@@ -27,6 +29,7 @@ BLOCKS = {
     "gpt_neox": "gpt_neox.layers",
     "llama": "model.layers",
 }
+HEADS = {"gpt_neox": "embed_out"}  # elsewhere lm_head
 MLP = {"opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",)}
 
 CAUSAL = "structlin_causal"
@@ -46,14 +49,23 @@ class LanguageModel(nn.Module):
         self._loss: Callable[[nn.Module, Tensor], Tensor] = loss if mode == "none" else torch.compile(loss, mode=mode)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, a float32 scalar, over int64 ``windows`` ``[batch, context + 1]``."""
+        """Mean cross-entropy in nats per token, a float32 scalar, over int64 ``windows`` ``[batch, context + 1]``.
+
+        In training with what `routing_loss` adds, where layers are mixtures of experts.
+        """
         return self._loss(self.model, windows)
 
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
     """What `LanguageModel` computes, not compiled."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    found = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    return found + routing_loss(model) if model.training and routers(model) else found
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of its mixtures of experts."""
+    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -> tuple[nn.Module, Conversion]:
@@ -90,7 +102,9 @@ def check(recipe: Recipe) -> None:
 
 
 def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
-    """The decoder before conversion; every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
+    """The decoder before conversion, with the standard mixture in place of its MLPs if the recipe says so.
+
+    Every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
 
     Args:
         recipe: sizes.
@@ -104,7 +118,8 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
     from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
-    return _linearised(model).train()
+    model = _linearised(model)
+    return (mix_(recipe, model) if is_standard(recipe) else model).train()
 
 
 def configuration(recipe: Recipe, vocabulary: int) -> Any:
@@ -157,15 +172,40 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:
     """What `to_structured_` is given."""
-    if recipe.structure == "dense":
-        return {}  # layers stay as transformers makes and draws them
-    blocks = BLOCKS[recipe.architecture]
-    known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
+    rules: dict[str, Spec | None] = {}  # dense layers stay as transformers makes and draws them
+    if recipe.lm_head != "dense":
+        rules[HEADS.get(recipe.architecture, "lm_head")] = _spec("--lm-head", recipe.lm_head)
+    if recipe.structure != "dense" and not is_standard(recipe):
+        blocks = BLOCKS[recipe.architecture]
+        known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
+        chosen = known.get(recipe.layers, tuple(recipe.layers.split()))
+        rules |= dict.fromkeys(chosen, _spec("--structure", recipe.structure))
+    return rules
+
+
+def _spec(option: str, text: str) -> Spec:
     try:
-        spec = parse(recipe.structure)
+        return parse(text)
     except ValueError as error:
-        raise OptionError("--structure", str(error)) from None
-    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), spec)
+        raise OptionError(option, str(error)) from None
+
+
+@torch.no_grad()
+def portable(model: nn.Module) -> nn.Module:
+    """``model`` as transformers builds it: in the blocks of GPT-2 its Conv1D again where `dense` put an ``nn.Linear``.
+
+    Changes ``model`` and returns it. What has a structure stays as it is.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    blocks: Any = model.get_submodule(BLOCKS["gpt2"]) if model.config.model_type == "gpt2" else nn.Module()  # type: ignore[union-attr]
+    for name, module in list(blocks.named_modules()):
+        if type(module) is nn.Linear:
+            conv: Any = Conv1D(module.out_features, module.in_features)
+            conv.weight = nn.Parameter(module.weight.T.contiguous())
+            conv.bias = module.bias
+            blocks.set_submodule(name, conv)
+    return model
 
 
 def _linearised(model: nn.Module) -> nn.Module:

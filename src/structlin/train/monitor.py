@@ -12,11 +12,12 @@ from importlib.util import find_spec
 
 import torch
 
+from ..nn import routing_load
 from ..progress import duration
 from .checkpoints import Progress
 from .config import OptionError
 from .engine import Engine
-from .model import flops_per_token
+from .model import flops_per_token, routers
 from .recipe import Recipe
 from .worker import DivergedError, peak_memory
 
@@ -60,13 +61,23 @@ class Monitor:
             progress.series[name].append(value)
         rate = self.recipe.lr * self.recipe.rate(done - 1)
         left = (self.recipe.steps - done) * seconds / (done - self.last)
-        memory = progress.peak_memory / 1e9
+        memory, spread = progress.peak_memory / 1e9, self._spread()
         self._line(
             f"step {done} of {self.recipe.steps}, {duration(left)} left: loss {loss:.4f}, rate {rate:.2e}, "
             f"{speed:,.0f} tokens/s, {self.utilisation(speed):.1%} of peak, {memory:.1f} GB"
+            + "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in spread.items())
         )
-        engine.accelerator.log({"loss": loss, "lr": rate, "tokens_per_second": speed, "memory_gb": memory}, step=done)
+        values = {"loss": loss, "lr": rate, "tokens_per_second": speed, "memory_gb": memory}
+        engine.accelerator.log(values | spread, step=done)
         self.start()
+
+    def _spread(self) -> dict[str, float]:
+        """How this process's last tokens were spread over experts, where there are any; of all routers."""
+        if not routers(self.engine.model):
+            return {}
+        found = routing_load(self.engine.model).values()
+        entropy = sum(load.entropy.item() for load in found) / len(found)
+        return {"largest_load": max(load.load.max().item() for load in found), "routing_entropy": entropy}
 
     def validated(self, loss: float) -> None:
         """Add a validation to the curves."""

@@ -50,11 +50,14 @@ class Recipe:
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
 
     structure: str = _field(
-        "dense", "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is"
+        "dense",
+        "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is, and "
+        "moe_ffn:experts=8:top_k=2 is the standard mixture of whole MLPs",
     )
     layers: str = _field(
         "mlp", "layers that get it: mlp, all (of the blocks), or globs over names, with spaces between"
     )
+    lm_head: str = _field("dense", "structure of the output layer, which then is not tied to the embedding")
     init: str = _field("spectral", "how factors are drawn")
     method: Literal["scratch", "sparsify_reverse", "self_guided"] = _field("scratch", "how they are trained")
     switch: float = _field(0.9, "sparsify_reverse: share of the steps after which layers become dense")
@@ -182,6 +185,8 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield option(name), f"is for {only}; the architecture is {recipe.architecture}"
     if recipe.kv_heads and recipe.heads % recipe.kv_heads:
         yield "--kv-heads", f"{recipe.kv_heads} does not divide the {recipe.heads} heads"
+    if recipe.lm_head != "dense" and recipe.tied:
+        yield "--lm-head", f"{recipe.lm_head} cannot be tied to the embedding; give --tied false too"
     if recipe.method != "scratch" and recipe.structure == "dense":
         yield "--method", f"{recipe.method} needs a structure; give --structure, as dyad:nblocks=4"
     if unknown := set(recipe.trackers) - {"tensorboard", "trackio", "wandb"}:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ FORMAT = 1
 META, PARTS = "meta.json", ("train", "valid")
 ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 """Tokens that end a document; the first that a tokenizer has."""
-CHUNK = 512  # pieces that are tokenised at a time
+CHUNK = 1 << 24  # characters that are tokenised at a time, at least; a book must not hold up many cores often
 
 Array = np.ndarray[Any, Any]
 
@@ -185,9 +185,21 @@ class _Out:
 
 
 def _encoded(codec: Any, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, list[int]]]:
-    while some := list(islice(pieces, CHUNK)):
+    for some in _chunks(pieces):
         coded = codec.encode_batch([piece for piece, _ in some], add_special_tokens=False)
         yield from ((piece, found.ids) for piece, found in zip(some, coded, strict=True))
+
+
+def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    some: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        some.append(piece)
+        characters += len(piece[0])
+        if characters >= CHUNK:
+            yield some
+            some, characters = [], 0
+    yield some
 
 
 def _checked(folder: Path) -> dict[str, Any]:

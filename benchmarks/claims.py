@@ -1,0 +1,307 @@
+"""Published claims beside what was measured here, as tables made from the records under results/.
+
+    PYTHONPATH=src python benchmarks/claims.py    # puts the tables into docs/claims.md
+
+A row whose records are not there says so. The verdict follows from the numbers by a rule that stands in the row's
+function, so that a new record changes the page and nobody's opinion.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+
+from language_plans import CONTENDERS, DYADS, MONARCHS, speed, spread
+
+from structlin.report import records
+from structlin.report.records import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "claims.md"
+HEAD = "| claim | published | source | measured here | verdict |\n|---|---|---|---|---|"
+NOTHING = "not run yet"
+GLUE = {"sst2": "accuracy", "mrpc": "f1", "cola": "matthews"}
+
+Named = Mapping[str, Record]
+Finding = tuple[str, bool] | None
+"""What was measured, in words, and whether that is what was claimed; None where a record is missing."""
+
+
+def row(claim: str, published: str, source: str, measure: Callable[[], Finding]) -> str:
+    """A row of a table: what is claimed, the published value and its source, what was measured, and the verdict."""
+    found = measure()
+    said, verdict = (NOTHING, NOTHING) if found is None else (found[0], "reproduced" if found[1] else "not reproduced")
+    return f"| {claim} | {published} | {source} | {said} | {verdict} |"
+
+
+def named(name: str) -> Named:
+    """The finished records of results/NAME.json by their name, none where the file is missing."""
+    path = ROOT / "results" / f"{name}.json"
+    found = records.read(path) if path.exists() else []
+    return {record["name"]: record for record in found if record["status"] == "ok"}
+
+
+def of_seeds(found: Named, prefix: str) -> list[Record]:
+    """The records of all seeds of a run."""
+    return [record for name, record in found.items() if re.fullmatch(rf"{re.escape(prefix)}-s\d+", name)]
+
+
+def plus_minus(values: list[float], form: str = ".3f") -> str:
+    """Mean and half of the range, and over how many seeds."""
+    middle, half = spread(values)
+    seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
+    return f"{middle:{form}} ± {half:{form}} ({seeds})" if len(values) > 1 else f"{middle:{form}} ({seeds})"
+
+
+def steps_of(found: Named, model: str, least: float) -> Finding:
+    """Step speed of DYAD's variants over dense, after 10M tokens; the variant of the paper counts."""
+    runs = {name: next((r for n, r in found.items() if n.startswith(f"{model}-{name}-10M")), None)
+            for name in ("dense", *DYADS)}  # fmt: skip
+    dense, main = runs["dense"], runs["dyad4-it"]
+    if dense is None or main is None:
+        return None
+    ratios = {name: speed(run) / speed(dense) for name, run in runs.items() if run is not None and name != "dense"}
+    said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    return f"{said} times as fast, whole step, bf16", ratios["dyad4-it"] >= least
+
+
+def bare_steps() -> Finding:
+    """Step speed of OPT-125m without data, from benchmarks/step_time.py."""
+    found = named("step-time-h200")
+    if "dyad:nblocks=4" not in found:
+        return None
+    ratios = {n: found[f"dyad:nblocks={n}"]["metrics"]["speedup_over_dense"] for n in (4, 8)}
+    said = ", ".join(f"n={n} {ratio:.2f}" for n, ratio in ratios.items())
+    return f"{said} times as fast, whole step, bf16, random tokens", (ratios[4] or 0) >= 1.07
+
+
+def layer(problem: str, least: float) -> Callable[[], Finding]:
+    """Speed-up of one layer, forward and backward, as a CUDA graph."""
+
+    def measure() -> Finding:
+        for record in named("bench-h200").values():
+            if (record["config"]["problem"], record["config"]["backend"]) == (problem, "auto"):
+                ratio = record["metrics"]["graph_forward_backward_speedup"]
+                return f"{ratio:.2f} times as fast, bf16, 16,384 tokens, as a graph", (ratio or 0) >= least
+        return None
+
+    return measure
+
+
+def quality(metric: Callable[[Record], float], form: str, least: float) -> Callable[[], Finding]:
+    """A score of DYAD beside dense after 85M tokens; DYAD must have ``least`` of dense's."""
+
+    def measure() -> Finding:
+        found = named("language-dyad")
+        scores = {}
+        for name in ("dense", "dyad4-it", "dyad8-it"):
+            runs = of_seeds(found, f"opt125m-{name}-85M")
+            if all(_evaluated(run) for run in runs) and runs:
+                scores[name] = [metric(run) for run in runs]
+        if not {"dense", "dyad4-it"} <= scores.keys():
+            return None
+        said = ", ".join(f"{name} {plus_minus(values, form)}" for name, values in scores.items())
+        return said, mean(scores["dyad4-it"]) >= least * mean(scores["dense"])
+
+    return measure
+
+
+def _evaluated(run: Record) -> bool:
+    return {"eval", *(f"glue:{task}" for task in GLUE)} <= set(run["config"]["parts"])
+
+
+def blimp(run: Record) -> float:
+    """Accuracy over 67 paradigms."""
+    return run["metrics"]["blimp/accuracy"] or 0.0
+
+
+def glue(run: Record) -> float:
+    """Mean of the main metrics of the fine-tuned tasks."""
+    return mean(run["metrics"][f"finetune/{task}/{metric}"] or 0.0 for task, metric in GLUE.items())
+
+
+def monarch_speed(model: str, least: float) -> Callable[[], Finding]:
+    """Step speed of Monarch in every linear layer and in the MLPs alone."""
+
+    def measure() -> Finding:
+        found = named("language-monarch")
+        names = {f"{name}-{layers}" for name in MONARCHS for layers in ("all", "mlp")}
+        runs = {name: found.get(f"{model}-{name}-speed") for name in ("dense", *sorted(names))}
+        dense, main = runs.pop("dense"), runs["monarch4-all"]
+        if dense is None or main is None:
+            return None
+        ratios = {name: speed(run) / speed(dense) for name, run in runs.items() if run is not None}
+        said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        return f"{said} times as fast, whole step, bf16", ratios["monarch4-all"] >= least
+
+    return measure
+
+
+def monarch_loss() -> Finding:
+    """Loss of Monarch in GPT-2 small beside dense; equal is within 1%."""
+    found = named("language-monarch")
+    losses = {
+        name: [r["metrics"]["valid_loss"] or math.inf for r in of_seeds(found, f"gpt2_small-{name}-85M")]
+        for name in ("dense", *(f"{n}-{layers}" for n in MONARCHS for layers in ("all", "mlp")))
+    }
+    structured = {name: values for name, values in losses.items() if values and name != "dense"}
+    if not losses["dense"] or not structured:
+        return None
+    said = ", ".join(f"{name} {plus_minus(losses[name])}" for name in ("dense", *structured))
+    gap = min(mean(values) for values in structured.values()) / mean(losses["dense"]) - 1
+    return f"loss {said}: {gap:+.1%}, at 85M tokens", gap <= 0.01
+
+
+def reverse() -> Finding:
+    """Reverse sparsification: as good as dense, in half of the time."""
+    found = named("language-methods")
+    if not {"methods-dense", "methods-reverse-carry", "methods-reverse-reset"} <= found.keys():
+        return None
+    dense = found["methods-dense"]["metrics"]
+    said, good = [], False
+    for name in ("reverse-carry", "reverse-reset"):
+        own = found[f"methods-{name}"]["metrics"]
+        ratio = (own["train_seconds"] or math.inf) / (dense["train_seconds"] or math.inf)
+        gap = (own["valid_loss"] or math.inf) - (dense["valid_loss"] or math.inf)
+        said.append(f"{name.removeprefix('reverse-')} {gap:+.3f} nats in {ratio:.2f} of the time")
+        good |= gap <= 0.01 and ratio <= 0.5
+    return f"{', '.join(said)}; GPT-2 small, 30M tokens, 1 seed", good
+
+
+def guided() -> Finding:
+    """Self-guided training: part of the gap to dense that it closes."""
+    found = named("language-methods")
+    runs = [found.get(f"methods-{name}") for name in ("dense", "monarch4", "self_guided")]
+    if None in runs:
+        return None
+    dense, plain, own = (_loss(run) for run in runs if run is not None)
+    times = [_seconds(run) for run in runs if run is not None]
+    closed = (plain - own) / (plain - dense)
+    return f"{closed:.0%} of the gap closed, {times[2] / times[1]:.2f} times the time", own < plain
+
+
+def rates() -> Finding:
+    """How far apart the best rates of structures are, under one rate for all matrices and under ours, at width 512."""
+    best: dict[str, list[float]] = {}
+    for record in named("mup-h200").values():
+        config, series = record["config"], record["series"]
+        if config["width"] == 512:
+            curve = dict(zip(series["lr"], series["valid_loss"], strict=True))
+            best.setdefault(config["rule"], []).append(math.log2(min(curve, key=curve.__getitem__)))
+    if not best:
+        return None
+    apart = {rule: max(values) - min(values) for rule, values in best.items()}
+    said = f"one rate: best rates of 7 structures lie 2^{apart['one rate']:.0f} apart, by our rule 2^"
+    return f"{said}{apart['param_groups']:.0f}; small GPT, width 512, 1 seed", apart["one rate"] > apart["param_groups"]
+
+
+def never() -> Finding:
+    """Nothing was run for this yet."""
+    return None
+
+
+DYAD_PAGE, GPT2_PAGE, OWT_PAGE = "repository, ff_speedup_results", "table on WikiText-103", "table on OpenWebText"
+
+
+def dyad_steps(model: str, least: float) -> Callable[[], Finding]:
+    """`steps_of` in the records of the plan "dyad"."""
+    return lambda: steps_of(named("language-dyad"), model, least)
+
+
+def above_chance(run: Record) -> float:
+    """BLiMP's accuracy beyond that of guessing."""
+    return blimp(run) - 0.5
+
+
+ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
+    "dyad": [
+        ("OPT-125m trains faster on a GPU, n=4", "7 to 15%", "abstract", dyad_steps("opt125m", 1.07)),
+        ("the same, steps on random tokens", "7 to 15%", "abstract", bare_steps),
+        ("OPT-350m trains faster", "over 7%, more with width", "abstract", dyad_steps("opt350m", 1.07)),
+        ("Pythia-160m trains faster", "7 to 15%", "abstract", dyad_steps("pythia160m", 1.07)),
+        ("MLP layer of 1024 to 4096, n=4", "1.37 times", DYAD_PAGE, layer("dyad:nblocks=4@4096x1024", 1.37)),
+        (
+            "BLiMP of OPT-125m, 100M words",
+            "0.730, dense 0.749",
+            "repository",
+            quality(blimp, ".4f", 0.9),
+        ),
+        ("the same above chance, 85% of dense", "no number", "-", quality(above_chance, ".4f", 0.85)),
+        ("GLUE, fine-tuned: sst2, mrpc, cola", "90% of dense", "abstract", quality(glue, ".3f", 0.9)),
+    ],
+    "monarch": [
+        ("GPT-2 small trains faster, n=4", "1.8 times (V100)", GPT2_PAGE, monarch_speed("gpt2_small", 1.8)),
+        ("GPT-2 medium trains faster, n=4", "2.0 times (V100)", GPT2_PAGE, monarch_speed("gpt2_medium", 2.0)),
+        ("equal perplexity, GPT-2 small", "20.7, dense 20.6", GPT2_PAGE, monarch_loss),
+        ("reverse sparsification reaches dense's loss", "in half of the time", OWT_PAGE, reverse),
+    ],
+    "pixelfly": [("GPT-2 medium trains faster, as accurate", "up to 2.5 times", "abstract", never)],
+    "einsum": [
+        ("best learning rates differ greatly", "no number", "Qiu et al. 2024, abstract", rates),
+        ("BTT matches a dense ViT-S/32", "3.8 times less compute", "Qiu et al. 2024, abstract", never),
+        ("shared parameters and lower rank do worse", "no number", "Potapczynski et al. 2024, abstract", never),
+        ("self-guided training narrows the gap", "to 0.4 in perplexity", "Wei et al. 2024, project page", guided),
+    ],
+}
+
+
+def time_rows() -> list[str]:
+    """Time to dense's loss: all schedules tried, each in full, by width and structure."""
+    rows = []
+    for width in (768, 1024, 2048):
+        found = [r for r in named(f"language-time{width}").values() if "-x" in r["name"]]
+        dense = [r for r in found if f"w{width}-dense-x1-" in r["name"]]
+        if not dense:
+            rows.append(f"| {width} | dense | {NOTHING} | | | |")
+            continue
+        rate = min(dense, key=_loss)["config"]["lr"]
+        goal, base = ([value(r) for r in dense if r["config"]["lr"] == rate] for value in (_loss, _seconds))
+        groups: dict[tuple[str, float, float], list[Record]] = {}
+        for record in found:
+            name, share, lr = re.fullmatch(r"w\d+-(.*)-x([\d.]+)-lr(.*)-s\d+", record["name"]).groups()  # type: ignore[union-attr]
+            groups.setdefault((name, float(share), float(lr)), []).append(record)
+        order = ["dense", *CONTENDERS]
+        for (name, _, lr), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):
+            share = mean(map(_seconds, runs)) / mean(base)
+            losses = plus_minus(list(map(_loss, runs)))
+            reached = "yes" if mean(map(_loss, runs)) <= mean(goal) else "no"
+            tokens = runs[0]["metrics"]["tokens"] / 1e6
+            rows.append(f"| {width} | {name}, {lr:.3g} | {tokens:.0f}M | {share:.2f} | {losses} | {reached} |")
+    return rows
+
+
+def _loss(record: Record) -> float:
+    return record["metrics"]["valid_loss"] or math.inf
+
+
+def _seconds(record: Record) -> float:
+    return record["metrics"]["train_seconds"] or math.inf
+
+
+def tables() -> dict[str, str]:
+    """Name -> table in Markdown."""
+    found = {name: "\n".join([HEAD, *(row(*claim) for claim in claims)]) for name, claims in ROWS.items()}
+    head = ("| width | structure, learning rate | tokens | time, dense's best = 1 | validation loss | dense's loss "
+            "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
+    return found | {"time": "\n".join([head, *time_rows()])}
+
+
+def filled(page: str) -> str:
+    """``page`` with every table between its marks made anew."""
+    for name, table in tables().items():
+        mark = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(mark, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page, flags=re.S)
+        assert count == 1, f"the page has {count} places for the table {name}"
+    return page
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Language-model runs of a plan, side by side, one process on each GPU, and a small record of each.
+
+    python benchmarks/language.py dyad:1 monarch:1 --data DATA --gpus 4 --limit 560
+    python benchmarks/language.py time768:3 --dry-run
+
+DATA (or STRUCTLIN_DATA) is a folder with text/train.jsonl, text/valid.jsonl and, if there are, text/text_extra.jsonl,
+blimp/blimp.jsonl, glue/TASK.jsonl and tokenizer/bpe16k.json, each possibly with .xz. The text is tokenised once, before
+the queue. A run is ``structlin train`` in a process of its own, then ``structlin eval`` and ``structlin finetune`` for
+its parts; of several plans the first comes first, and in it the longest. Nothing starts that is not expected to end
+within --limit, and what is not done by then is ended. Records are written to results/language-PLAN.json after every
+part, so the same command goes on with what is missing. Times in records are those of training steps; ``total_seconds``
+has start, compilation, validation and writing too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from language_plans import PLANS, STAGES, STEP, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from structlin import recipes  # noqa: E402
+from structlin.report import records as store  # noqa: E402
+from structlin.report.records import Record  # noqa: E402
+from structlin.train.recipe import ELSEWHERE, option, override  # noqa: E402
+from structlin.train.tokens import prepare  # noqa: E402
+
+START = {"train": 65.0, "eval": 100.0, "glue": 70.0}  # seconds beside the training steps
+BOS = "<|endoftext|>"
+POINTS = 60  # of a curve in a record
+HERE = ("data", "valid", "tokenizer", "name", *ELSEWHERE)  # fields that say where something lies on this machine
+SHOTS = ("boolq", "cola", "mnli", "mrpc", "qnli", "rte", "sst2", "subj")
+GLUE_STEPS = 800
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: a part of a run, "train", "eval" or "glue:TASK"."""
+
+    run: Run
+    part: str
+
+    @property
+    def seconds(self) -> float:
+        """What it is expected to take."""
+        start = START[self.part.partition(":")[0]] * max(1.0, recipes.find(self.run.recipe).depth / 18)
+        return start + (1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0)
+
+    @property
+    def result(self) -> str:
+        """Name of the file that is there when it is done."""
+        return "record.json" if self.part == "train" else f"{self.part.replace(':', '-')}.json"
+
+
+class Place:
+    """Where runs lie, what their data is, and how a job is started."""
+
+    def __init__(self, folder: Path, data: Path | None) -> None:
+        self.folder, self.data = folder, data
+
+    def file(self, kind: str, name: str) -> Path | None:
+        assert self.data is not None
+        return next((p for end in ("", ".xz") if (p := self.data / kind / f"{name}{end}").exists()), None)
+
+    def fields(self) -> dict[str, list[str] | str]:
+        """The text as fields of a recipe.
+
+        Raises:
+            ValueError: for a folder without text.
+        """
+        train, valid = self.file("text", "train.jsonl"), self.file("text", "valid.jsonl")
+        if train is None or valid is None:
+            raise ValueError(f"--data: {self.data} is given; allowed: a folder with text/train.jsonl and "
+                             "text/valid.jsonl, each possibly with .xz")  # fmt: skip
+        extra, tokenizer = self.file("text", "text_extra.jsonl"), self.file("tokenizer", "bpe16k.json")
+        where: dict[str, list[str] | str] = {"data": [str(p) for p in (train, extra) if p], "valid": [str(valid)]}
+        where |= {"cache": str(self.folder / "cache")} | ({"tokenizer": str(tokenizer)} if tokenizer else {})
+        return where
+
+    def command(self, job: Job) -> list[str]:
+        """What runs ``job``."""
+        here, python = self.folder / job.run.name, [sys.executable, "-m", "structlin"]
+        if job.part == "train":
+            fields = {**job.run.fields, **self.fields(), "name": job.run.name}
+            given = [part for n, v in fields.items() for part in (option(n), *(v if isinstance(v, list) else [str(v)]))]
+            return [*python, "train", job.run.recipe, "--out", str(here), *given]
+        device = ["--device", "cpu"] if job.run.fields.get("device") == "cpu" else []
+        common = [str(here / "model"), "--bos", BOS, "--out", str(here / job.result), *device]
+        if job.part == "eval":
+            assert self.data is not None
+            tasks = [name for name in SHOTS if self.file("glue", f"{name}.jsonl")]
+            shots = ["--kshot-tasks", ",".join(tasks), "--limit", "200"] if tasks else []
+            names = "blimp,kshot" if tasks else "blimp"
+            data = [f"blimp={self.file('blimp', 'blimp.jsonl')}", *([f"kshot={self.data / 'glue'}"] if tasks else [])]
+            size = [] if device else ["--batch-tokens", "32768"]
+            return [*python, "eval", *common, "--tasks", names, "--data", *data, *shots, *size]
+        task = job.part.partition(":")[2]
+        steps = 4 if device else GLUE_STEPS
+        length = ["--steps", str(steps), "--warmup-steps", str(steps // 10)]
+        return [*python, "finetune", *common, "--task", task, "--data", f"{self.data}/glue", *length]
+
+    def start(self, job: Job, gpu: int, gpus: int) -> subprocess.Popen[bytes]:
+        """Start ``job`` on one GPU, its output going to a file beside its result."""
+        here = self.folder / job.run.name
+        here.mkdir(parents=True, exist_ok=True)
+        caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
+        threads = str(max(1, (os.cpu_count() or 1) // gpus))
+        env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": threads,
+               "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"), "TOKENIZERS_PARALLELISM": "false",
+               "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+        with open(here / f"{job.part.replace(':', '-')}.log", "wb") as log:
+            return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
+
+    def missing(self, run: Run, kept: Record | None) -> list[Job]:
+        """The jobs of ``run`` that neither its folder nor its record has."""
+        wanted = [Job(run, part) for part in ("train", *run.parts)]
+        names = {job.part for job in wanted}
+        if kept and is_of(kept, run) and (kept["status"] == "failed" or names <= set(kept["config"]["parts"])):
+            return []
+        here = self.folder / run.name
+        done = [job for job in wanted if (here / job.result).exists()]
+        if done and store.read(here / "record.json")[0]["status"] == "failed":
+            return []
+        return [job for job in wanted if job not in done]
+
+    def record(self, run: Run, plan: str, command: str) -> Record | None:
+        """One small record of all parts that are done."""
+        here = self.folder / run.name
+        if not (here / "record.json").exists():
+            return None
+        (found,) = store.read(here / "record.json")
+        done = [job for job in (Job(run, part) for part in ("train", *run.parts)) if (here / job.result).exists()]
+        times = self.times(run)
+        metrics = dict(found["metrics"]) | {"total_seconds": times.get("train")}
+        for job in done[1:]:
+            for part in store.read(here / job.result):
+                metrics |= {f"{part['name']}/{n}": v for n, v in part["metrics"].items() if _is_kept(n)}
+        config = {name: value for name, value in found["config"].items() if name not in HERE and name != "text"}
+        text = found["config"]["text"]
+        config["text"] = {part: text[part] for part in ("train", "valid")} | {"tokenizer": text["tokenizer"]}
+        config |= {"plan": plan, "recipe": run.recipe, "given": dict(run.fields), "parts": [job.part for job in done]}
+        series = {name: thinned(values) for name, values in found.get("series", {}).items()}
+        return {**found, "command": command, "config": config, "metrics": metrics, "series": series}
+
+    def times(self, run: Run) -> dict[str, float]:
+        """Part -> seconds that it took, start and all."""
+        path = self.folder / run.name / "times.json"
+        found: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
+        return found
+
+    def note(self, job: Job, seconds: float) -> None:
+        """Keep what `times` reads."""
+        values = {**self.times(job.run), job.part: seconds}
+        store.write_bytes(self.folder / job.run.name / "times.json", json.dumps(values).encode())
+
+    def tidy(self, run: Run) -> None:
+        """Remove what no part needs any more; weights take gigabytes."""
+        here = self.folder / run.name
+        shutil.rmtree(here / "checkpoints", ignore_errors=True)
+        if not self.missing(run, None):
+            shutil.rmtree(here / "model", ignore_errors=True)
+
+
+def thinned(values: Sequence[float], points: int = POINTS) -> list[float]:
+    """At most ``points`` of the values, evenly spread, with the first and the last."""
+    if len(values) <= points:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)]
+
+
+def _is_kept(name: str) -> bool:
+    return not name.startswith("term/") and not (name.startswith(("paradigm/", "field/")) and name.endswith("_stderr"))
+
+
+def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Callable[[Job, float], None]) -> list[Job]:
+    """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
+
+    ``report(job, seconds)`` is called after each that ended by itself, whatever came out.
+    """
+    waiting = list(jobs)
+    active: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+    try:
+        while True:
+            for gpu in set(range(gpus)) - active.keys():
+                busy = {job.run.name for job, _, _ in active.values() if job.part == "train"}
+                for job in waiting:
+                    ready = job.part == "train" or (place.folder / job.run.name / "model").exists()
+                    if ready and job.run.name not in busy and time.monotonic() + job.seconds <= limit:
+                        waiting.remove(job)
+                        active[gpu] = job, place.start(job, gpu, gpus), time.monotonic()
+                        print(f"gpu {gpu}: {job.run.name} {job.part}, about {job.seconds:.0f} s", flush=True)
+                        break
+            if not active or time.monotonic() > limit:
+                return waiting + [job for job, _, _ in active.values()]
+            time.sleep(0.1)
+            for gpu, (job, process, begun) in list(active.items()):
+                if process.poll() is not None:
+                    del active[gpu]
+                    report(job, time.monotonic() - begun)
+    finally:
+        for _, process, _ in active.values():
+            with suppress(ProcessLookupError):  # it ended by itself just now
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def show(jobs: Sequence[Job], gpus: int) -> str:
+    """What would run, and what it costs."""
+    lines = [f"{'run':34} {'part':10} {'steps':>6} {'M tokens':>8} {'GPU s':>6}"]
+    for job in jobs:
+        steps = job.run.fields["steps"]
+        sizes = f"{steps:>6} {steps * STEP / 1e6:>8.1f}" if job.part == "train" else " " * 15
+        lines.append(f"{job.run.name:34} {job.part:10} {sizes} {job.seconds:>6.0f}")
+    total = sum(job.seconds for job in jobs)
+    longest = max((job.seconds for job in jobs), default=0.0)
+    least = max(longest, total / gpus)
+    return "\n".join([*lines, f"{len(jobs)} jobs, {total:.0f} GPU seconds, at least {least:.0f} s on {gpus} GPUs"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run stages of plans; 0 when all of them are in the records, 1 when something is left, 2 for bad options."""
+    options = parse(arguments)
+    begun = time.monotonic()
+    out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
+    place = Place(folder, Path(data) if data else None)
+    try:
+        stages = [_stage(text) for text in options.plans]
+        books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
+        plan_of = {}
+        for plan, stage in stages:
+            plan_of |= {
+                run: plan
+                for run in PLANS[plan](stage, list(books[plan].kept.values()))
+                if _is_chosen(run, options.only)
+            }
+        for run in plan_of:
+            override(recipes.find(run.recipe), {name: str(value) for name, value in run.fields.items()})
+        jobs = [job for run, plan in plan_of.items() for job in place.missing(run, books[plan].kept.get(run.name))]
+        order = list(books)
+        jobs.sort(key=lambda job: (order.index(plan_of[job.run]), job.run.priority, job.part != "train", -job.seconds))
+        if options.dry_run:
+            print(show(jobs, options.gpus))
+            return 0
+        if not data:
+            raise ValueError("--data is not given; allowed: a folder, here or in STRUCTLIN_DATA")
+        if not plan_of:
+            raise ValueError(f"--only: {' '.join(options.only)} is given; allowed: globs that match names of --dry-run")
+        prepared = prepare(override(recipes.find(next(iter(plan_of)).recipe), place.fields() | {"context": "8"}))
+    except ValueError as error:
+        print(f"language.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(prepared.train):,} tokens to train on, ready after {time.monotonic() - begun:.0f} s", flush=True)
+    command = f"python benchmarks/language.py {' '.join(options.plans)} --gpus {options.gpus}"
+
+    def save(run: Run) -> None:
+        if (record := place.record(run, plan_of[run], command)) is not None:
+            books[plan_of[run]].put(record)
+
+    def report(job: Job, seconds: float) -> None:
+        place.note(job, seconds)
+        if (folder / job.run.name / job.result).exists():
+            place.tidy(job.run)
+            save(job.run)
+        record = books[plan_of[job.run]].kept.get(job.run.name)
+        print(f"{job.run.name} {job.part}: {seconds:.0f} s; {said(folder / job.run.name, job, record)}", flush=True)
+
+    for run, plan in plan_of.items():  # what an earlier call left without a record
+        if not is_of(books[plan].kept.get(run.name), run):
+            save(run)
+    left = work(jobs, place, options.gpus, begun + options.limit, report)
+    print(f"{len(left)} of {len(jobs)} jobs left after {time.monotonic() - begun:.0f} s: "
+          + ", ".join(f"{job.run.name} {job.part}" for job in left), flush=True)  # fmt: skip
+    return 1 if left else 0
+
+
+class Book:
+    """The records of a plan, in a file that is written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept = {record["name"]: record for record in store.read(path)} if path.exists() else {}
+
+    def put(self, record: Record) -> None:
+        """Add ``record``, or replace the one of its name."""
+        self.kept[record["name"]] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        store.write(self.path, list(self.kept.values()))
+
+
+def is_of(record: Record | None, run: Run) -> bool:
+    """Whether ``record`` is of ``run`` with the options that it has now."""
+    return record is not None and record["config"].get("given") == dict(run.fields)
+
+
+def _stage(text: str) -> tuple[str, int]:
+    plan, _, stage = text.partition(":")
+    if plan not in PLANS or not (stage or "1").isdecimal() or not 1 <= int(stage or 1) <= STAGES[plan]:
+        allowed = ", ".join(f"{name}:1" + (f" to {count}" if count > 1 else "") for name, count in STAGES.items())
+        raise ValueError(f"PLAN[:STAGE]: {text} is given; allowed: {allowed}")
+    return plan, int(stage or 1)
+
+
+def _is_chosen(run: Run, globs: Sequence[str]) -> bool:
+    return not globs or any(fnmatchcase(run.name, glob) for glob in globs)
+
+
+def said(here: Path, job: Job, record: Mapping[str, Any] | None) -> str:
+    """A line on what came out of a job."""
+    if not (here / job.result).exists() or record is None:
+        log = (here / f"{job.part.replace(':', '-')}.log").read_text(errors="replace").splitlines()
+        return "no result: " + " | ".join(log[-6:])
+    if record["status"] == "failed":
+        return str(record["error"])
+    metrics = record["metrics"]
+    line = f"loss {metrics['valid_loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+    return line + (f", BLiMP {metrics['blimp/accuracy']:.4f}" if job.part == "eval" else "")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("plans", nargs="+", metavar="PLAN[:STAGE]", help=f"of {', '.join(PLANS)}; a later stage follows from records")
+    add("--only", nargs="+", default=[], metavar="GLOB", help="runs whose names match")
+    add("--out", default="results", help="folder of records, language-PLAN.json, added to")
+    add("--folder", default="runs/language", help="for runs, tokens and compiled code")
+    add("--data", help="folder of texts; default: STRUCTLIN_DATA")
+    add("--gpus", type=int, default=1, help="processes side by side, each on a GPU of its own")
+    add("--limit", type=float, default=570.0, help="seconds after which nothing runs any more")
+    add("--dry-run", action="store_true", help="print what would run and how long it takes")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Plans of language-model runs: what is trained, with which recipe and options, and how the next stage follows.
+
+A plan is a function from a stage, counted from 1, and the records so far to runs. All runs give embeddings eight times
+the rate of the matrices (docs/learning-rates.md), take 64 windows of 1024 tokens a step, and let the rate fall to zero
+at their own end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from structlin.report.records import Record
+
+STEP = 64 * 1024  # tokens of an update
+SMALL, LARGE = 10_000_000, 85_000_000  # tokens, the two scales of DYAD's paper with what there is of text
+GLUE = ("glue:sst2", "glue:mrpc", "glue:cola")
+SPEEDS = {"opt125m": 645e3, "pythia160m": 600e3, "gpt2_small": 645e3, "opt350m": 250e3, "gpt2_medium": 250e3}
+"""Tokens a second of dense training on one H200, to plan with."""
+DYADS = {
+    "dyad4-it": "dyad:nblocks=4", "dyad4-ot": "dyad:nblocks=4:variant=ot", "dyad4-dt": "dyad:nblocks=4:variant=dt",
+    "dyad8-it": "dyad:nblocks=8", "dyad4-narrow": "dyad:nblocks=4:variant=narrow",
+    "dyad8-narrow": "dyad:nblocks=8:variant=narrow",
+}  # fmt: skip
+MONARCHS = {f"monarch{n}": f"monarch:nblocks={n}:order=blocked" for n in (4, 8)}
+CONTENDERS = {
+    "dyad8-all": ("dyad:nblocks=8:variant=narrow", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
+    "dyad4-all": ("dyad:nblocks=4:variant=narrow", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
+}  # fmt: skip
+
+Records = Sequence[Record]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run: its name, recipe and changed fields, what is evaluated after it, and how fast it is thought to be.
+
+    ``parts`` are "eval", BLiMP and k-shot prompts, and "glue:TASK", fine-tuning. Runs of a lower ``priority`` start
+    first. ``speed`` is in tokens a second.
+    """
+
+    name: str
+    recipe: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    speed: float = 600e3
+    priority: int = 0
+
+
+def run(recipe: str, steps: int, structure: str = "dense", **more: Any) -> Run:
+    """A run of ``steps`` updates; ``more`` are attributes of `Run`, else fields of the recipe."""
+    own = {name: more.pop(name) for name in ("name", "parts", "speed", "priority") if name in more}
+    fields = {
+        "structure": structure, "steps": steps, "batch": 64, "embedding_lr": 8.0, "valid_windows": 512,
+        "valid_every": math.ceil(steps / 12), "checkpoint_every": steps, "log_every": max(5, steps // 50), **more,
+    }  # fmt: skip
+    return Run(recipe=recipe, fields=fields, **{"speed": SPEEDS.get(recipe, 600e3), **own})
+
+
+def found(records: Records, name: str) -> Record:
+    """The record of a run that an earlier stage did.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    for record in records:
+        if record["name"] == name:
+            return record
+    raise ValueError(f"this stage follows from the run {name}, which is not in the records; allowed: an earlier stage")
+
+
+def loss(record: Record) -> float:
+    """Last validation loss in nats per token; infinite for a run that diverged."""
+    value = record["metrics"].get("valid_loss")
+    return math.inf if value is None else value
+
+
+def speed(record: Record) -> float:
+    """Tokens a second once a run is under way, from the second line of its log on."""
+    steps, seconds = record["series"]["step"], record["series"]["seconds"]
+    assert len(steps) > 2, "a run whose speed counts has three lines of progress"
+    return (steps[-1] - steps[0]) * STEP / (seconds[-1] - seconds[0])
+
+
+def best(records: Iterable[Record]) -> Record:
+    """The one with the lowest loss."""
+    return min(records, key=loss)
+
+
+def dyad(stage: int, records: Records) -> list[Run]:
+    """DYAD's models in its MLPs: all variants at 10M tokens, then the main ones at 85M with their evaluations.
+
+    Stage 1 also tries two other learning rates of dense OPT-125m; stage 2 takes dense's best for everything.
+    """
+    few, many = round(SMALL / STEP), math.ceil(LARGE / STEP)
+    if stage == 1:
+        plan = [run("opt125m", few, lr=lr, name=f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3)]
+        for priority, (recipe, lr) in enumerate((("opt125m", 1e-3), ("opt350m", 5e-4), ("pythia160m", 1e-3))):
+            names = DYADS if recipe == "opt125m" else {"dense": "dense", **DYADS}
+            plan += [
+                run(recipe, few, spec, lr=lr, name=f"{recipe}-{name}-10M-lr{lr:g}", priority=priority)
+                for name, spec in names.items()
+            ]
+        return plan
+    rates = (5e-4, 1e-3, 2e-3)
+    lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in rates)["config"]["lr"]
+    wanted = [("dense", "dense", 0), ("dyad4-it", DYADS["dyad4-it"], 0), ("dyad8-it", DYADS["dyad8-it"], 0)]
+    wanted += [("dense", "dense", 1), ("dyad4-it", DYADS["dyad4-it"], 1)]
+    return [
+        run("opt125m", many, spec, lr=lr, seed=seed, name=f"opt125m-{name}-85M-s{seed}", parts=("eval", *GLUE),
+            priority=seed)
+        for name, spec, seed in wanted
+    ]  # fmt: skip
+
+
+def monarch(stage: int, records: Records) -> list[Run]:
+    """Monarch in GPT-2: step speeds, then the loss at 85M tokens with two seeds.
+
+    Stage 2 compares dense with the variant of the lowest loss after stage 1 among those that are 1.12 times as fast as
+    dense, or among all where none is.
+    """
+    if stage == 1:
+        variants = {"dense": ("dense", "mlp")}
+        variants |= {f"{name}-{layers}": (spec, layers) for name, spec in MONARCHS.items() for layers in ("all", "mlp")}
+        return [
+            run(recipe, 80, spec, layers=layers, lr=lr, name=f"{recipe}-{name}-speed")
+            for recipe, lr in (("gpt2_medium", 6e-4), ("gpt2_small", 1e-3))
+            for name, (spec, layers) in variants.items()
+        ]
+    dense = found(records, "gpt2_small-dense-speed")
+    others = [found(records, f"gpt2_small-{name}-{layers}-speed") for name in MONARCHS for layers in ("all", "mlp")]
+    fast = [record for record in others if speed(record) >= 1.12 * speed(dense)] or others
+    chosen = best(fast)
+    specs = {"dense": ("dense", "mlp")}
+    specs[chosen["name"].split("-", 1)[1].removesuffix("-speed")] = (
+        chosen["config"]["structure"], chosen["config"]["layers"]
+    )  # fmt: skip
+    steps = math.ceil(LARGE / STEP)
+    return [
+        run("gpt2_small", steps, spec, layers=layers, lr=1e-3, seed=seed, name=f"gpt2_small-{name}-85M-s{seed}")
+        for seed in (0, 1)
+        for name, (spec, layers) in specs.items()
+    ]
+
+
+def methods(stage: int, records: Records) -> list[Run]:
+    """Reverse sparsification and self-guided training of GPT-2 small beside dense and plain structured, 30M tokens."""
+    steps, spec = round(30e6 / STEP), MONARCHS["monarch4"]
+    common = {"layers": "all", "lr": 1e-3}
+    plan = [
+        run("gpt2_small", steps, name="methods-dense", **common),
+        run("gpt2_small", steps, spec, name="methods-monarch4", **common),
+    ]
+    plan += [
+        run(
+            "gpt2_small",
+            steps,
+            spec,
+            method="sparsify_reverse",
+            moments=moments,
+            name=f"methods-reverse-{moments}",
+            **common,
+        )
+        for moments in ("carry", "reset")
+    ]
+    plan.append(run("gpt2_small", steps, spec, method="self_guided", name="methods-self_guided", **common))
+    return plan
+
+
+def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
+    """Wall-clock to dense's final loss, GPT-2 blocks.
+
+    1. A sweep: dense and each contender over 20M tokens at three learning rates.
+    2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
+       each contender for half of that time, at its best rate of the sweep and half of it.
+    3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
+       for a longer one if not (0.7 and 1).
+    4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
+
+    A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
+    """
+    sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
+    names = {"dense": ("dense", "mlp"), **CONTENDERS}
+    thought = SPEEDS["gpt2_small"] * 98e6 / (12 * depth * width**2 + 16384 * width)
+    rates = [float(f"{1.536 / width * factor:.2g}") for factor in (1.0, 0.5, 2.0)]
+
+    def swept(records: Records, name: str) -> Record:
+        title = f"w{width}-{name}-sweep-"
+        done = [r for r in records if r["name"].startswith(title)]
+        return best(done) if done else found(records, title + f"lr{rates[0]:g}")
+
+    def budget(records: Records, name: str, share: float, lr: float, seed: int = 0, priority: int = 0) -> Run:
+        own, dense = speed(swept(records, name)), speed(swept(records, "dense"))
+        seconds = share * max(180.0, 100e6 / dense)
+        spec, layers = names[name]
+        title = f"w{width}-{name}-x{share:g}-lr{lr:.3g}-s{seed}"
+        return run("gpt2_small", math.ceil(seconds * own / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
+                   name=title, speed=own, priority=priority)  # fmt: skip
+
+    def of(records: Records, name: str) -> list[Record]:
+        return [r for r in records if r["name"].startswith(f"w{width}-{name}-x")]
+
+    def share(record: Record) -> float:
+        return float(record["name"].split("-x")[1].split("-lr")[0])
+
+    def plan(stage: int, records: Records) -> list[Run]:
+        if stage == 1:
+            return [
+                run("gpt2_small", math.ceil(20e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
+                    name=f"w{width}-{name}-sweep-lr{lr:g}", priority=rank)
+                for rank, (name, (spec, layers)) in enumerate(names.items())
+                for lr in rates
+            ]  # fmt: skip
+        tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
+        if stage == 2:
+            lr = {name: swept(records, name)["config"]["lr"] for name in ("dense", *tried)}
+            runs = [budget(records, "dense", 1.0, lr["dense"] * factor) for factor in (1.0, 0.7, 0.5)]
+            return runs + [
+                budget(records, name, 0.5, lr[name] * factor, priority=rank)
+                for name in tried
+                for rank, factor in enumerate((1.0, 0.5))
+            ]
+        dense = best(of(records, "dense") or [found(records, f"w{width}-dense-x1")])
+
+        def reach(name: str) -> tuple[float, float, Record]:
+            """The least share that got to dense's loss, the lowest loss, and the run to repeat."""
+            done = of(records, name)
+            reached = [r for r in done if loss(r) <= loss(dense)]
+            least = min(map(share, reached), default=math.inf)
+            return least, loss(best(done)), best([r for r in reached if share(r) == least] or done)
+
+        if stage == 3:
+            return [
+                budget(records, name, each, reach(name)[2]["config"]["lr"])
+                for name in tried
+                for each in ((0.7, 1.0) if reach(name)[0] == math.inf else (0.35, 0.42))
+            ]
+        runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]
+        for name in sorted(tried, key=lambda name: reach(name)[:2])[:2]:
+            again = reach(name)[2]
+            runs += [budget(records, name, share(again), again["config"]["lr"], seed) for seed in (1, 2)]
+        return runs
+
+    return plan
+
+
+def smoke(stage: int, records: Records) -> list[Run]:
+    """The machinery on a CPU in seconds: two tiny runs, one with its evaluations."""
+    small = {"batch": 8, "micro_batch": 8, "steps": 12, "valid_windows": 8, "log_every": 3, "device": "cpu"}
+    return [
+        run("tiny_gpt2", **small, name="tiny_gpt2-dense", speed=1e6, parts=("eval", "glue:sst2")),
+        run("tiny_gpt2", **small, structure="dyad:nblocks=4", name="tiny_gpt2-dyad4", speed=1e6),
+    ]
+
+
+PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
+    "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12),
+    "time2048": time_to_loss(2048, 4),     "methods": methods, "smoke": smoke,
+}  # fmt: skip
+STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "smoke": 1}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of the range."""
+    return mean(values), (max(values) - min(values)) / 2

@@ -1,0 +1,213 @@
+"""Experts of two steps as one differentiable operator over tokens sorted by their set of experts, by kernels of ours.
+
+Where few sets are possible this moves a third of the bytes of sorting by expert (`ops/routed.py`): a token is one row,
+its input is read once and its output written once. It is registered with PyTorch, so that torch.compile does not look
+inside; the gradient of a gradient runs as rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.tiles import TILE, Sets, few_sets, fits, limits
+from .contract import autocast_dtype, seen_through
+from .equation import constant_when_traced
+from .moves import aligned, kernels_on
+
+Digits = tuple[int, int, int, int]
+"""(c, a, f, o) of an expert ``[t, c, a] x [c, f, a] -> [t, c, f]``, ``[t, c, f] x [f, o, c] -> [t, f, o]``."""
+
+_library = torch.library.Library("structlin", "FRAGMENT")
+for _schema in (
+    "group_by_set(Tensor chosen, int experts) -> Tensor[]",
+    "mixture(Tensor x, Tensor first, Tensor second, Tensor gate, Tensor chosen, Tensor[] sets) -> Tensor[]",
+    "mixture_backward(Tensor dy, Tensor x, Tensor first, Tensor second, Tensor gate, Tensor z, Tensor[] sets)"
+    " -> Tensor[]",
+):
+    _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+
+
+@constant_when_traced
+def _on(device: torch.device, dtype: torch.dtype) -> bool:
+    return kernels_on(device, dtype).tensor_memory
+
+
+def by_sets(x: Tensor, experts: int, top_k: int, digits: Sequence[Digits | None]) -> bool:
+    """Whether `mixture` runs all chains of these ``digits`` on the tokens ``x``: in half precision on Hopper, where
+    there are few sets of experts for so many tokens."""
+    if seen_through() or not _on(x.device, autocast_dtype(x)) or not few_sets(x.shape[0], experts, top_k):
+        return False
+    return all(chain is not None and fits(chain, top_k) for chain in digits)
+
+
+def group_by_set(chosen: Tensor, experts: int) -> Sets:
+    """The places of the tokens by ``chosen`` (tokens, top_k), int64, different experts in each row."""
+    return Sets(*torch.ops.structlin.group_by_set.default(chosen, experts))
+
+
+def mixture(x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sets) -> Tensor:
+    """``y = sum_e gate_e W_e x`` over the experts that each token chose, differentiably.
+
+    Args:
+        x: (tokens, c * a), half precision.
+        first: (experts, c, f, a), of the same dtype.
+        second: (experts, f, o, c), of the same dtype.
+        gate: (tokens, top_k), any float dtype.
+        chosen: (tokens, top_k), the experts.
+        sets: of ``chosen``.
+
+    Returns:
+        (tokens, f * o).
+    """
+    tensors = x, first, second, gate
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.structlin.mixture.default(*tensors, chosen, sets)[0]
+        return compiled
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        y: Tensor = _Mixture.apply(False, *tensors, chosen, *sets)[0]  # type: ignore[no-untyped-call]
+        return y
+    return _compute(*tensors, chosen, sets)[0]
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, opaque: bool, x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, *sets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, z = (_below if opaque else _compute)(x, first, second, gate, chosen, sets)
+        ctx.opaque = opaque
+        ctx.save_for_backward(x, first, second, gate, chosen, z, *sets)
+        ctx.mark_non_differentiable(z)
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _z: None) -> tuple[Tensor | None, ...]:
+        x, first, second, gate, chosen, z, *sets = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:5]
+        found: list[Tensor | None]
+        if dy is None:
+            found = [None] * 4
+        elif torch.is_grad_enabled():
+            found = list(_differentiable_backward(dy, (x, first, second, gate), chosen, needed))
+        else:
+            run = torch.ops.structlin.mixture_backward.default if ctx.opaque else _compute_backward
+            every: Sequence[Tensor] = run(dy, x, first, second, gate, z, sets)
+            found = [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
+        return (None, *found, *(None for _ in range(1 + len(sets))))
+
+
+def _differentiable_backward(
+    dy: Tensor, tensors: Sequence[Tensor], chosen: Tensor, needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    from .routed import by_rows  # which this is the fast way of
+
+    tensors = [tensor.view_as(tensor) for tensor in tensors]  # the gate is made of the input, which is no matter here
+    x, first, second, gate = tensors
+    (experts, c, f, a), o = first.shape, second.shape[2]
+    y = by_rows(x, [first, second], gate, chosen, experts, (c, a, f, o))
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return (next(found) if need else None for need in needed)
+
+
+def _compute(
+    x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    from ..kernels.routed import forward
+
+    _register_flops()
+    x, first, second = (aligned(tensor.contiguous()) for tensor in (x, first, second))
+    return list(forward(x, first, second, gate.contiguous(), Sets(*sets)))
+
+
+def _compute_backward(
+    dy: Tensor, x: Tensor, first: Tensor, second: Tensor, gate: Tensor, z: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    from ..kernels.routed import backward
+
+    dy, x, first, second = (aligned(tensor.contiguous()) for tensor in (dy, x, first, second))
+    return list(backward(dy, x, first, second, gate.contiguous(), z, Sets(*sets)))
+
+
+def _group(chosen: Tensor, experts: int) -> list[Tensor]:
+    from ..kernels.sets import group
+
+    return list(group(chosen, experts))
+
+
+def _below(
+    x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        found: list[Tensor] = torch.ops.structlin.mixture.default(x, first, second, gate, chosen, sets)
+    return found
+
+
+def _autograd(
+    x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    tensors = x, first, second, gate
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(_Mixture.apply(True, *tensors, chosen, *sets))  # type: ignore[no-untyped-call]
+    return _below(*tensors, chosen, sets)
+
+
+def _without_graph(name: str) -> Callable[..., list[Tensor]]:
+    def run(*given: Any) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found: list[Tensor] = getattr(torch.ops.structlin, name).default(*given)
+        return found
+
+    return run
+
+
+def _fake_group(chosen: Tensor, experts: int) -> list[Tensor]:
+    tokens, top_k = chosen.shape
+    tiles, units = limits(tokens, experts, top_k)
+    places = tiles * TILE
+    shapes = (places,), (top_k, places), (tokens, top_k), (tiles, top_k), (units,), (units,), (units, top_k)
+    return [chosen.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+def _fake_mixture(
+    x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    _register_flops()
+    _, c, f, _ = first.shape
+    o, (top_k, places) = second.shape[2], sets[1].shape
+    return [x.new_empty(x.shape[0], f * o), x.new_empty(top_k, c, f, places)]
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, first: Tensor, second: Tensor, gate: Tensor, z: Tensor, sets: Sequence[Tensor]
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (x, first, second, gate)]
+
+
+for _name, _run, _fake, _record in (
+    ("group_by_set", _group, _fake_group, _without_graph("group_by_set")),
+    ("mixture", _compute, _fake_mixture, _autograd),
+    ("mixture_backward", _compute_backward, _fake_backward, _without_graph("mixture_backward")),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _record, "Autograd")
+    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
+
+
+@cache
+def _register_flops() -> None:
+    # on first tracing, as the counter takes long to import
+    from torch.utils.flop_counter import register_flop_formula
+
+    def flops(x: Sequence[int], first: Sequence[int], second: Sequence[int], gate: Sequence[int], *_: Any) -> int:
+        c, f, a = first[1:]
+        return 2 * x[0] * gate[1] * c * f * (a + second[2])
+
+    register_flop_formula(torch.ops.structlin.mixture)(lambda *given, **_: flops(*given))
+    register_flop_formula(torch.ops.structlin.mixture_backward)(lambda _dy, *given, **_: 2 * flops(*given))

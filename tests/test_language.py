@@ -1,0 +1,192 @@
+"""Plans of language-model runs, the runner that trains them side by side, and the claims made from its records."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from structlin import recipes
+from structlin.report import records
+from structlin.train import model as models
+from structlin.train.recipe import override
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plans = script("language_plans")
+language = script("language")
+claims = script("claims")
+
+
+def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
+    """What a run leaves, as far as later stages read it."""
+    seconds = [step * plans.STEP / speed for step in (0, 10, 20)]
+    config = {**run.fields, "layers": run.fields.get("layers", "mlp"), "given": dict(run.fields), "parts": ["train"]}
+    series = {"step": [0, 10, 20], "seconds": seconds}
+    return {"name": run.name, "config": config, "metrics": {"valid_loss": loss}, "series": series, "status": "ok"}
+
+
+def losses(run: Any) -> float | None:
+    """Dense is best at 2e-3, DYAD reaches it in 0.7 of the time and 0.6, Monarch never."""
+    lr, share = run.fields.get("lr", 1e-3), float(run.name.split("-x")[1].split("-lr")[0]) if "-x" in run.name else 1.0
+    if lr > 3e-3 and "dense" in run.name:
+        return None
+    base = {"dense": 4.0, "monarch8": 4.3}.get(next((n for n in ("dense", "monarch8") if n in run.name), ""), 3.95)
+    return base + abs(math.log2(lr / 2e-3)) / 10 + (0.2 * (0.6 - share) if share < 0.6 else 0.0)
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_all_runs_of_a_plan_fit_their_recipe_and_have_names_of_their_own(name: str) -> None:
+    found: list[dict[str, Any]] = []
+    checked = set()
+    for stage in range(1, plans.STAGES[name] + 1):
+        runs = plans.PLANS[name](stage, found)
+        assert runs
+        for run in runs:
+            recipe = override(recipes.find(run.recipe), {key: str(value) for key, value in run.fields.items()})
+            shape = recipe.architecture, recipe.width, recipe.structure, recipe.layers
+            if shape not in checked:
+                models.check(dataclasses.replace(recipe, depth=1))
+            checked.add(shape)
+            tiny = run.recipe.startswith("tiny")
+            assert tiny or language.Job(run, "train").seconds < 560, "a run fits into one call"
+            assert tiny or recipe.embedding_lr == 8
+            assert recipe.batch * recipe.context == plans.STEP or tiny
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs]
+    assert len({run["name"] for run in found}) == len(found)
+
+
+def test_time_to_loss_follows_from_the_records() -> None:
+    plan, found = plans.PLANS["time768"], []
+    for stage in range(1, 5):
+        runs = {run.name: run for run in plan(stage, found)}
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
+        if stage == 1:
+            assert {run.fields["lr"] for run in runs.values()} == {1e-3, 2e-3, 4e-3}
+        if stage == 2:  # 180 seconds at 600,000 tokens a second
+            assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in range(3)} < set(runs)
+            assert runs["w768-dense-x1-lr0.002-s2"].fields["steps"] == math.ceil(180 * 6e5 / plans.STEP)
+            assert runs["w768-dyad8-all-x0.5-lr0.002-s0"].fields["steps"] == math.ceil(0.5 * 180 * 8e5 / plans.STEP)
+        if stage == 3:
+            assert "w768-dyad8-all-x0.42-lr0.002-s0" in runs
+            assert "w768-monarch8-all-x1-lr0.002-s0" in runs
+    assert "w768-dense-x1-lr0.00141-s0" in runs
+    assert sum("-x0.42-" in name for name in runs) == 4, runs.keys()
+    with pytest.raises(ValueError, match=r"w768-dense-sweep-lr0\.002, which is not in the records"):
+        plan(2, [])
+
+
+def test_the_page_of_claims_is_that_of_the_records() -> None:
+    page = claims.PAGE.read_text(encoding="utf-8")
+    assert claims.filled(page) == page, "run benchmarks/claims.py"
+
+
+def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    for stage in range(1, 5):
+        runs = {run.name: run for run in plans.PLANS["time768"](stage, found)}
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
+    for run in found:
+        share = float(run["name"].split("-x")[1].split("-lr")[0]) if "-x" in run["name"] else 1.0
+        run["metrics"] |= {"train_seconds": 180 * share, "tokens": 1e8}
+    steps = [record(run, 4.0, 6.6e5 if "dyad4-it" in run.name else 6e5) for run in plans.PLANS["dyad"](1, [])]
+    files = {"language-time768": found, "language-dyad": steps}
+    monkeypatch.setattr(claims, "named", lambda name: {run["name"]: run for run in files.get(name, [])})
+    rows = claims.time_rows()
+    assert "| 768 | dyad8-all, 0.002 | 100M | 0.70 | 3.950 (1 seed) | yes |" in rows
+    assert "| 768 | dense, 0.002 | 100M | 1.00 | 4.000 ± 0.000 (3 seeds) | yes |" in rows
+    assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 1.00") and row.endswith("| no |") for row in rows)
+    assert claims.dyad_steps("opt125m", 1.07)()[1] is True
+    assert claims.dyad_steps("opt125m", 1.11)()[1] is False
+    assert claims.dyad_steps("opt350m", 1.07)()[0].startswith("dyad4-it 1.10, dyad4-ot 1.00")
+    assert claims.monarch_loss() is None
+
+
+def test_what_is_slow_to_come_is_ended_and_the_rest_not_started(tmp_path: Path) -> None:
+    run = plans.run("tiny_gpt2", 1, name="one", speed=1e6)
+    slow, late = language.Job(run, "train"), language.Job(plans.run("tiny_gpt2", 10**6, name="two"), "train")
+    place = language.Place(tmp_path, None)
+    code = "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"
+    place.command = lambda job: [sys.executable, "-c", code]  # type: ignore[method-assign]
+    begun = time.monotonic()
+    limit = begun + slow.seconds + 0.5
+    clock = SimpleNamespace(monotonic=lambda: begun + 40 * (time.monotonic() - begun), sleep=time.sleep)
+    language.time, real = clock, language.time
+    try:
+        left = language.work([slow, late], place, 2, limit, lambda job, seconds: pytest.fail("it did not end"))
+    finally:
+        language.time = real
+    assert [job.run.name for job in left] == ["two", "one"]
+    assert not (tmp_path / "two").exists()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.slow
+def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    for part in ("train", "valid"):
+        write(data / "text" / f"{part}.jsonl", [{"text": f"{part} {i} it was the best of times"} for i in range(400)])
+    pair = {"sentence_good": "it was", "sentence_bad": "was it", "UID": "order", "field": "syntax"}
+    write(data / "blimp" / "blimp.jsonl", [{**pair, "linguistics_term": "order"}] * 4)
+    rows = [{"sentence": f"good {i}", "label": i % 2, "split": part} for part in ("train", "dev") for i in range(8)]
+    write(data / "glue" / "sst2.jsonl", rows)
+    out, folder = tmp_path / "language-smoke.json", tmp_path / "runs"
+    options = ["smoke", "--out", str(tmp_path), "--folder", str(folder), "--data", str(data), "--gpus", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "START", {"train": 10.0, "eval": 1e6, "glue": 1e6})
+        assert language.main([*options, "--limit", "1000"]) == 1, "evaluations are thought not to fit"
+    assert {found["name"] for found in records.read(out)} == {"tiny_gpt2-dense", "tiny_gpt2-dyad4"}
+    assert (folder / "tiny_gpt2-dense" / "model").exists()
+    assert language.main([*options, "--limit", "1000"]) == 0
+    found = {record["name"]: record for record in records.read(out)}
+    dense = found["tiny_gpt2-dense"]
+    assert dense["config"]["parts"] == ["train", "eval", "glue:sst2"]
+    assert {"blimp/accuracy", "kshot/sst2/accuracy", "finetune/sst2/accuracy", "total_seconds"} <= set(dense["metrics"])
+    assert str(tmp_path) not in out.read_text()
+    assert not list(folder.glob("*/model"))
+    capsys.readouterr()
+    assert language.main([*options, "--dry-run"]) == 0
+    assert "0 jobs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["time768:6"], "time768:6 is given; allowed: dyad:1 to 2, monarch:1 to 2, time768:1 to 4"),
+        (["time768:2"], "w768-dense-sweep-lr0.002, which is not in the records"),
+        (["dyad", "--only", "none-*"], "none-\\* is given; allowed: globs"),
+        (["smoke"], "--data: .*nowhere is given; allowed: a folder with text/train.jsonl"),
+    ],
+)
+def test_what_cannot_run_is_said(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert language.main([*options, "--out", str(tmp_path), "--data", str(tmp_path / "nowhere")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
