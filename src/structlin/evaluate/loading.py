@@ -32,7 +32,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
             or leave some of the model without values, and an unknown dtype.
     """
     transformers: Any = _transformers()
-    from .. import hf
+    from .. import hf  # noqa: F401, structures fit the layers of GPT-2 from here on, and converted folders load
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is given; allowed: {', '.join(DTYPES)}")
@@ -45,8 +45,6 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if not body and _encodes(config):
             raise ValueError(f"{folder} holds an encoder ({config.model_type}); allowed: causal language models")
-        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "structlin":
-            from .. import hf  # noqa: F401, loads what `structlin convert` wrote
         if (folder / checkpoint.STRUCTURES).is_file():
             model = auto.from_config(config, dtype=torch.float32)
         else:
