@@ -273,6 +273,21 @@ def time_rows() -> list[str]:
     return rows
 
 
+def sweep_rows() -> list[str]:
+    """The sweeps before it, over 20M tokens each: speed, and loss by learning rate."""
+    rows = []
+    for width in (768, 1024, 2048):
+        groups: dict[str, list[Record]] = {}
+        for name, record in named(f"language-time{width}").items():
+            if "-sweep-" in name:
+                groups.setdefault(name.removeprefix(f"w{width}-").split("-sweep-")[0], []).append(record)
+        for name, runs in groups.items():
+            runs = sorted(runs, key=lambda run: float(run["config"]["lr"]))
+            rates = ", ".join(f"{run['config']['lr']:.2g}: {_loss(run):.3f}" for run in runs)
+            rows.append(f"| {width} | {name} | {mean(map(speed, runs)) / 1e3:.0f} | {rates} |")
+    return rows
+
+
 def _loss(record: Record) -> float:
     return record["metrics"]["valid_loss"] or math.inf
 
@@ -286,7 +301,8 @@ def tables() -> dict[str, str]:
     found = {name: "\n".join([HEAD, *(row(*claim) for claim in claims)]) for name, claims in ROWS.items()}
     head = ("| width | structure, learning rate | tokens | time, dense's best = 1 | validation loss | dense's loss "
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
-    return found | {"time": "\n".join([head, *time_rows()])}
+    swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
+    return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
 
 
 def filled(page: str) -> str:
