@@ -629,7 +629,7 @@ def test_the_flag_reaches_the_kernels_forward_and_backward(monkeypatch):
         for keep in (True, False):
             for run in (
                 chain.multiply,
-                lambda *given: torch.ops.structlin.multiply(*given[:2], [], given[2].text, *given[3:]),
+                lambda *given: torch.ops.structlin.multiply(*given[:2], given[2].text, *given[3:]),
             ):
                 asked.clear()
                 run(x, [layer.first, layer.second], layer._program, keep, wanted).sum().backward()

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -179,17 +179,18 @@ def test_no_raw_op_loses_a_tangent():
     layer = make(sl.Monarch(2), SHAPE, "cpu").requires_grad_(False)
     x, factors, text = inputs(layer, 5), [layer.first, layer.second], layer._program.text
     ops = torch.ops.structlin
-    y, saved = ops.multiply(x, factors, [], text), ops.multiply_inputs(x, factors, text)
+    y, saved = ops.multiply(x, factors, text), ops.multiply_inputs(x, factors, text)
     *_, first = ops.multiply_backward(y, x, factors, saved, text, [True] * 3)
     for operator, dual, rest in (
         (ops.contract, x, (layer.to_dense().weight, "t i, o i -> t o")),
-        (ops.multiply, x, (factors, [], text)),
+        (ops.multiply, x, (factors, text)),
         (ops.multiply_inputs, x, (factors, text)),
         (ops.multiply_backward, y, (x, factors, saved, text, [True] * 3)),
-        (ops.multiply_input_backward, y, ([first], factors[:1], text)),
+        (ops.multiply_last, saved, (factors[1:], 5, text)),
+        (ops.multiply_input_backward, [first], (factors[:1], 5, text)),
     ):
         with forward_ad.dual_level(), contextlib.suppress(NotImplementedError, RuntimeError):
-            result = operator(forward_ad.make_dual(dual.clone(), torch.ones_like(dual)), *rest)
+            result = operator(tree_map(lambda t: forward_ad.make_dual(t.clone(), torch.ones_like(t)), dual), *rest)
             assert forward_ad.unpack_dual(tree_leaves(result)[0]).tangent is not None
 
 

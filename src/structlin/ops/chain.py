@@ -17,24 +17,26 @@ import torch
 from torch import Tensor
 
 from .contract import autocast, contract, refuse_transforms, seen_through
-from .equation import parse
 from .lookup import collect, gather
 from .lowering import Program, program
 from .moves import kernels_on
 from .schedule import Product, Steps, add, gradient_widths, multiply_then, saved_widths, schedule
-from .traced import fake_backward, fake_forward, fake_input_backward, fake_inputs
+from .traced import apart, check_shapes, fake_backward, fake_forward, fake_input_backward, fake_inputs, fake_last
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
-    "multiply(Tensor x, Tensor[] factors, Tensor[] saved, str program, bool keep=True, bool kernels=True) -> Tensor",
+    "multiply(Tensor x, Tensor[] factors, str program, bool keep=True, bool kernels=True) -> Tensor",
     "multiply_inputs(Tensor x, Tensor[] factors, str program, bool kernels=True) -> Tensor[]",
+    "multiply_last(Tensor[] inputs, Tensor[] lasts, SymInt tokens, str program, bool kernels=True) -> Tensor",
     "multiply_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor[] saved, str program, bool[] needed,"
     " bool kernels=True) -> Tensor[]",
-    "multiply_input_backward(Tensor dy, Tensor[] gradients, Tensor[] firsts, str program, bool kernels=True) -> Tensor",
+    "multiply_input_backward(Tensor[] gradients, Tensor[] firsts, SymInt tokens, str program, bool kernels=True)"
+    " -> Tensor",
 ):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 _forward_op = torch.ops.structlin.multiply.default
 _inputs_op = torch.ops.structlin.multiply_inputs.default
+_last_op = torch.ops.structlin.multiply_last.default
 _backward_op = torch.ops.structlin.multiply_backward.default
 _input_backward_op = torch.ops.structlin.multiply_input_backward.default
 
@@ -55,12 +57,12 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = T
     if x.is_complex() or not what.in_place or seen_through():
         return compose(x, factors, what)
     if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(x, factors, [], what.text, keep, kernels)
+        result: Tensor = _forward_op(x, factors, what.text, keep, kernels)
         return result
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         y: Tensor = _Multiply.apply(what, False, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
         return y
-    return _forward(x, factors, (), what, False, kernels)[0]
+    return _forward(x, factors, what, False, kernels)[0]
 
 
 def check_dtype(given: torch.dtype, stored: torch.dtype) -> None:
@@ -109,14 +111,12 @@ def _terms(
         yield chain, own, inputs
 
 
-def _forward(
-    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, keep: bool, kernels: bool
-) -> list[Tensor]:
+def _forward(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool) -> list[Tensor]:
     """The result, and if ``keep`` what the gradients need besides the input: each step's input that is a new tensor."""
     x = x.contiguous()
     products: list[Product] = []
     new: list[Tensor] = []
-    for chain, own, inputs in _terms(x, factors, saved, what, keep, kernels):
+    for chain, own, inputs in _terms(x, factors, (), what, keep, kernels):
         last = chain.steps[-1]
         products.append(Product(last.forward, last.after, inputs[-1], own[-1].contiguous()))
         new += [z.view(-1) for z in inputs if keep and z is not x]  # in what order is the schedule's affair
@@ -195,7 +195,8 @@ def _backward_by_operators(
     for chain in what.chains:
         firsts.append(factors[first])
         first += len(chain.stages)
-    return [_input_backward_op(dy, gradients[count:], firsts, what.text, kernels), *gradients[:count]]
+    ends = [d if width else dy for d, width in zip(gradients[count:], gradient_widths(what.text), strict=True)]
+    return [_input_backward_op(ends, firsts, x.shape[0], what.text, kernels), *gradients[:count]]
 
 
 class _Multiply(torch.autograd.Function):
@@ -207,7 +208,7 @@ class _Multiply(torch.autograd.Function):
         if opaque:
             y, saved = _forward_by_operators(x, factors, what, keep, kernels)
         else:
-            y, *saved = _forward(x, factors, (), what, keep, kernels)
+            y, *saved = _forward(x, factors, what, keep, kernels)
         ctx.factors = len(factors)
         ctx.save_for_backward(x, *factors, *saved)
         ctx.mark_non_differentiable(*saved)
@@ -244,22 +245,22 @@ def _forward_by_operators(
     x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The result and what is saved, each by an operator: of one that returned both PyTorch would rather save what is
-    computed from the result, however wide, than the result."""
+    computed from the result, however wide, than the result. The second reads the input only where a term has one step:
+    what two operators read Inductor may write for each of them."""
     with torch._C._AutoDispatchBelowAutograd():
-        saved: list[Tensor] = []
-        if keep and saved_widths(what.text, kernels_on(x.device, x.dtype, kernels)):
-            saved = _inputs_op(x, factors, what.text, kernels)
-        return _forward_op(x, factors, saved, what.text, keep, kernels), saved
+        widths = saved_widths(what.text, kernels_on(x.device, x.dtype, kernels)) if keep else []
+        if not any(widths):
+            return _forward_op(x, factors, what.text, False, kernels), []
+        saved = _inputs_op(x, factors, what.text, kernels)
+        inputs, lasts, taken, last = [], [], 0, -1
+        for chain, own in zip(what.chains, widths, strict=True):
+            taken, last = taken + len(own), last + len(chain.stages)
+            inputs.append(saved[taken - 1] if own else x)
+            lasts.append(factors[last])
+        return _last_op(inputs, lasts, x.shape[0], what.text, kernels), saved
 
 
-def _autograd(
-    x: Tensor,
-    factors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    text: str,
-    keep: bool = True,
-    kernels: bool = True,
-) -> Tensor:
+def _autograd(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> Tensor:
     refuse_transforms("multiply")
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         y: Tensor = _Multiply.apply(program(text), True, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
@@ -278,37 +279,30 @@ def _undifferentiated(operator: torch._ops.OpOverload) -> Callable[..., Any]:
     return run
 
 
-def _compute(
-    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True
-) -> Tensor:
-    _check(x, factors, text)
-    return _apart(_forward(x, factors, saved, program(text), False, kernels), x)[0]
+def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> Tensor:
+    check_shapes(x, factors, text)
+    return apart(_forward(x, factors, program(text), False, kernels), x)[0]
 
 
 def _compute_inputs(x: Tensor, factors: Sequence[Tensor], text: str, kernels: bool = True) -> list[Tensor]:
-    _check(x, factors, text)
+    check_shapes(x, factors, text)
     given = x.contiguous()
     terms = _terms(given, factors, (), program(text), True, kernels)
-    return _apart([z.view(-1) for _, _, inputs in terms for z in inputs if z is not given], x)
+    return apart([z.view(-1) for _, _, inputs in terms for z in inputs if z is not given], x)
 
 
-def _check(x: Tensor, factors: Sequence[Tensor], text: str) -> None:
-    what = program(text)
-    wanted: list[tuple[int, ...]] = [(x.shape[0], what.chains[0].in_features)]
-    wanted += [tuple(what.sizes[a] for a in parse(s.equation)[1]) for chain in what.chains for s in chain.stages]
-    given = [tuple(tensor.shape) for tensor in (x, *factors)]
-    if given != wanted:
-        raise ValueError(f"{text!r} takes an input and factors of shapes {wanted}, not {given}")
-
-
-def _apart(results: Sequence[Tensor], given: Tensor) -> list[Tensor]:
-    # a relayout that only moves axes of size 1 is a view, which an operator may not return
-    found, memory = [], {given.untyped_storage().data_ptr()}
-    for tensor in results:
-        pointer = tensor.untyped_storage().data_ptr()
-        found.append(tensor.clone() if pointer in memory else tensor)
-        memory.add(pointer)
-    return found
+def _compute_last(
+    inputs: Sequence[Tensor], lasts: Sequence[Tensor], tokens: int, text: str, kernels: bool = True
+) -> Tensor:
+    chains = schedule(text, tokens, kernels_on(inputs[0].device, inputs[0].dtype, kernels))
+    steps = [chain.steps[-1] for chain in chains]
+    y = add(
+        [
+            Product(step.forward, step.after, z.contiguous(), weight.contiguous())
+            for step, z, weight in zip(steps, inputs, lasts, strict=True)
+        ]
+    )
+    return y.view(tokens, program(text).chains[0].out_features)
 
 
 def _compute_backward(
@@ -323,24 +317,24 @@ def _compute_backward(
     gradients, products = _gradients(dy, x, factors, saved, program(text), needed, kernels)
     shared = [width == 0 for width in gradient_widths(text)]
     first = [dy.new_empty(0) if at_dy else p.a.view(-1) for p, at_dy in zip(products, shared, strict=False)]
-    return [*gradients, *_apart(first, dy)]
+    return [*gradients, *apart(first, dy)]
 
 
 def _compute_input_backward(
-    dy: Tensor, gradients: Sequence[Tensor], firsts: Sequence[Tensor], text: str, kernels: bool = True
+    gradients: Sequence[Tensor], firsts: Sequence[Tensor], tokens: int, text: str, kernels: bool = True
 ) -> Tensor:
-    dy = dy.contiguous()
-    chains = schedule(text, dy.shape[0], kernels_on(dy.device, dy.dtype, kernels))
+    chains = schedule(text, tokens, kernels_on(gradients[0].device, gradients[0].dtype, kernels))
     products = [
-        Product(chain.steps[0].dgrad, chain.undo, d if width else dy, weight.contiguous())
-        for chain, d, weight, width in zip(chains, gradients, firsts, gradient_widths(text), strict=True)
+        Product(chain.steps[0].dgrad, chain.undo, d.contiguous(), weight.contiguous())
+        for chain, d, weight in zip(chains, gradients, firsts, strict=True)
     ]
-    return add(products).view(dy.shape[0], program(text).chains[0].in_features)
+    return add(products).view(tokens, program(text).chains[0].in_features)
 
 
 for _name, _run, _differentiate, _fake in (
     ("multiply", _compute, _autograd, fake_forward),
     ("multiply_inputs", _compute_inputs, _undifferentiated(_inputs_op), fake_inputs),
+    ("multiply_last", _compute_last, _undifferentiated(_last_op), fake_last),
     ("multiply_backward", _compute_backward, _undifferentiated(_backward_op), fake_backward),
     ("multiply_input_backward", _compute_input_backward, _undifferentiated(_input_backward_op), fake_input_backward),
 ):

@@ -268,7 +268,7 @@ class _Rejoined(torch.autograd.Function):
 
 
 def _run_rejoined(x: Tensor, weight: Tensor, text: str) -> Tensor:
-    return chain._forward(_run_join(x, text), [weight], (), _of(text).inner, False, True)[0]
+    return chain._forward(_run_join(x, text), [weight], _of(text).inner, False, True)[0]
 
 
 def _run_rejoined_backward(dy: Tensor, x: Tensor, weight: Tensor, text: str, needed: Sequence[bool]) -> list[Tensor]:

@@ -160,16 +160,17 @@ def schedule(text: str, tokens: int, kernels: Kernels) -> tuple[Steps, ...]:
     return tuple(_chain(chain, sizes, kernels) for chain in what.chains)
 
 
-def saved_widths(text: str, kernels: Kernels) -> list[int]:
-    """Elements per token of each tensor besides the input that the backward pass of a program needs."""
+@cache
+def saved_widths(text: str, kernels: Kernels) -> list[list[int]]:
+    """Of each term the elements per token of every tensor besides the input that the backward pass needs."""
     what = program(text)
-    widths: list[int] = []
+    widths: list[list[int]] = []
     for chain in what.chains:
         moved = chain.stages[0].relayout is not None or (
             chain.gather and not (kernels.tensor_memory and blocks(chain, what.sizes))
         )
         saved = chain.stages if moved else chain.stages[1:]
-        widths += [prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved]
+        widths.append([prod(what.sizes[axis] for axis in parse(stage.equation)[0][1:]) for stage in saved])
     return widths
 
 
