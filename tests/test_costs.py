@@ -141,7 +141,7 @@ def test_blocks_are_predicted_as_measured():
         spec = None if config["backend"] == "linear" else sl.spec.parse(config["structure"].removeprefix("block "))
         block = paper.Decoder(1, width, 4 * width, width // 64, width // 64, 0, gated=False)
         ms = 1e3 * sum(paper.block_seconds(block, spec, config["tokens"], context, HOPPER[2]))
-        assert ms == pytest.approx(record["metrics"]["graph_forward_backward_ms"], rel=0.1)
+        assert ms == pytest.approx(record["metrics"]["graph_forward_backward_ms"], rel=0.15)
 
 
 def test_predict_prints_layers_and_decoders(capsys):

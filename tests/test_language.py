@@ -47,12 +47,12 @@ def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
 
 
 def losses(run: Any) -> float | None:
-    """Dense is best at 2e-3, DYAD reaches it in 0.7 of the time and 0.6, Monarch never."""
+    """Dense is best at 2e-3, DYAD reaches it in half of the time and no less, Monarch 8 never."""
     lr, share = run.fields.get("lr", 1e-3), float(run.name.split("-x")[1].split("-lr")[0]) if "-x" in run.name else 1.0
     if lr > 3e-3 and "dense" in run.name:
         return None
     base = {"dense": 4.0, "monarch8": 4.3}.get(next((n for n in ("dense", "monarch8") if n in run.name), ""), 3.95)
-    return base + abs(math.log2(lr / 2e-3)) / 10 + (0.2 * (0.6 - share) if share < 0.6 else 0.0)
+    return base + abs(math.log2(lr / 2e-3)) / 10 + (0.3 * (0.6 - share) if share < 0.6 else 0.0)
 
 
 @pytest.mark.parametrize("name", plans.PLANS)
@@ -84,14 +84,14 @@ def test_time_to_loss_follows_from_the_records() -> None:
         if stage == 1:
             assert {run.fields["lr"] for run in runs.values()} == {1e-3, 2e-3, 4e-3}
         if stage == 2:  # 180 seconds at 600,000 tokens a second
-            assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in range(3)} < set(runs)
-            assert runs["w768-dense-x1-lr0.002-s2"].fields["steps"] == math.ceil(180 * 6e5 / plans.STEP)
+            assert {"w768-dense-x1-lr0.001-s0", "w768-dense-x1-lr0.0014-s0", "w768-dense-x1-lr0.002-s0"} < set(runs)
+            assert runs["w768-dense-x1-lr0.002-s0"].fields["steps"] == math.ceil(180 * 6e5 / plans.STEP)
             assert runs["w768-dyad8-all-x0.5-lr0.002-s0"].fields["steps"] == math.ceil(0.5 * 180 * 8e5 / plans.STEP)
         if stage == 3:
             assert "w768-dyad8-all-x0.42-lr0.002-s0" in runs
             assert "w768-monarch8-all-x1-lr0.002-s0" in runs
-    assert "w768-dense-x1-lr0.00141-s0" in runs
-    assert sum("-x0.42-" in name for name in runs) == 4, runs.keys()
+    assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in (1, 2)} < set(runs)
+    assert sum("-x0.5-" in name for name in runs) == 4, runs.keys()
     with pytest.raises(ValueError, match=r"w768-dense-sweep-lr0\.002, which is not in the records"):
         plan(2, [])
 
@@ -113,7 +113,7 @@ def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> No
     files = {"language-time768": found, "language-dyad": steps}
     monkeypatch.setattr(claims, "named", lambda name: {run["name"]: run for run in files.get(name, [])})
     rows = claims.time_rows()
-    assert "| 768 | dyad8-all, 0.002 | 100M | 0.70 | 3.950 (1 seed) | yes |" in rows
+    assert "| 768 | dyad8-all, 0.002 | 100M | 0.50 | 3.980 ± 0.000 (3 seeds) | yes |" in rows
     assert "| 768 | dense, 0.002 | 100M | 1.00 | 4.000 ± 0.000 (3 seeds) | yes |" in rows
     assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 1.00") and row.endswith("| no |") for row in rows)
     assert claims.dyad_steps("opt125m", 1.07)()[1] is True

@@ -222,9 +222,10 @@ def dyad(spec, lower, upper):
         for k in range(o):
             strided_out[d * o + k, k * n + d] = 1
     second = torch.block_diag(*upper)
-    if spec.variant in ("it", "dt"):
+    variant = spec.variant if spec.variant != "narrow" else "it" if i <= o else "ot"  # ours, of two of the paper's
+    if variant in ("it", "dt"):
         second = second @ strided_in
-    if spec.variant in ("ot", "dt"):
+    if variant in ("ot", "dt"):
         second = strided_out.T @ second
     return torch.block_diag(*lower) + second
 

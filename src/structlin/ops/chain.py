@@ -182,7 +182,7 @@ def _backward_by_operators(
     kernels: bool,
 ) -> list[Tensor]:
     """As `_backward`, by two operators, so that compiled code lets go of the input before its gradient is allocated."""
-    dy, wide = dy.contiguous(), what.chains[0].in_features > what.chains[0].out_features
+    dy, wide = dy.contiguous(), what.chains[0].in_features >= what.chains[0].out_features
     if torch._C._len_torch_dispatch_stack() and not (keep and wide):
         # PyTorch keeps what an operator of ours reads, and may compute again what this view stands for: a norm, an
         # activation or a cast before the layer, at the cost of writing the input once more.
