@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from structlin.testing import error
 SHAPES = ((1024, 4096), (2048, 8192), (4096, 4096))
 EXPERTS, TOP_K, SEED, CONTEXT, REPEATS = 8, 2, 0, 1024, 30
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+os.environ[mixture.SWITCH] = "1"  # the kernels that are off by default; ByExpert runs without
 
 
 class AllExperts(nn.Module):

@@ -33,6 +33,12 @@ LAYERS = [
 every_layer = pytest.mark.parametrize(("spec", "shape"), LAYERS, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def by_sets(monkeypatch):
+    """The kernels that are off by default, where they fit."""
+    monkeypatch.setenv("STRUCTLIN_BY_SETS", "1")
+
+
 def train(layer, run, x, dy):
     x = x.detach().requires_grad_()
     y = run(x)

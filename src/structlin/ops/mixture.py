@@ -7,6 +7,7 @@ inside; the gradient of a gradient runs as rows sorted by expert.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -32,9 +33,13 @@ for _schema in (
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 
 
+SWITCH = "STRUCTLIN_BY_SETS"
+"""The environment variable that has tokens sorted by set where it is 1. Off by default: this is not measured yet."""
+
+
 @constant_when_traced
 def _on(device: torch.device, dtype: torch.dtype) -> bool:
-    return kernels_on(device, dtype).tensor_memory
+    return os.environ.get(SWITCH) == "1" and kernels_on(device, dtype).tensor_memory
 
 
 def by_sets(x: Tensor, experts: int, top_k: int, digits: Sequence[Digits | None]) -> bool:
