@@ -18,6 +18,7 @@ from language_plans import CONTENDERS, DYADS, MONARCHS, speed, spread
 
 from structlin.report import records
 from structlin.report.records import Record
+from structlin.scaling import curves, laws
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "claims.md"
@@ -216,6 +217,30 @@ def above_chance(run: Record) -> float:
     return blimp(run) - 0.5
 
 
+EINSUM = "Potapczynski et al. 2024, abstract"
+FULL = ["einsum:theta=0.5x0x0.5x0x0.5x0.5x0", "einsum:theta=0.33x0x0.67x0x0.67x0.33x0"]
+LOW_RANK = ["einsum:theta=1x0x0x0x1x0x0.5", "einsum:theta=1x0x0x0x1x0x0.75"]
+NARROW = "einsum:theta=0.67x0x0.33x0x0.67x0.33x0"
+KRONECKER, TRAIN = "einsum:theta=0.5x0.5x0x0.5x0.5x0x0", "einsum:theta=0.5x0.5x0x0.5x0.5x0x0.25"
+
+
+def on_teacher(ours: list[str], others: list[str], above: float | None) -> Callable[[], Finding]:
+    """Ratio of losses at equal FLOPs on the synthetic teacher, with its 95% interval over seeds: all of it has to lie
+    above ``above``, or, for None, none of it more than 5% above 1."""
+
+    def measure() -> Finding:
+        runs: dict[str, list[curves.Curve]] = {}
+        for curve in curves.curves(named("taxonomy-cpu").values()):
+            runs.setdefault(curve.structure, []).append(curve)
+        if not {*ours, *others} <= set(runs):
+            return None
+        found = laws.paired(runs, ours, others)
+        low, high = found.low or found.value, found.high or found.value
+        return f"loss ratio {found} at equal FLOPs, MLPs on a teacher", high <= 1.05 if above is None else low > above
+
+    return measure
+
+
 ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
     "dyad": [
         ("OPT-125m trains faster on a GPU, n=4", "7 to 15%", "abstract", dyad_steps("opt125m", 1.07)),
@@ -223,12 +248,7 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
         ("OPT-350m trains faster", "over 7%, more with width", "abstract", dyad_steps("opt350m", 1.07)),
         ("Pythia-160m trains faster", "7 to 15%", "abstract", dyad_steps("pythia160m", 1.07)),
         ("MLP layer of 1024 to 4096, n=4", "1.37 times", DYAD_PAGE, layer("dyad:nblocks=4@4096x1024", 1.37)),
-        (
-            "BLiMP of OPT-125m, 100M words",
-            "0.730, dense 0.749",
-            "repository",
-            quality(blimp, ".4f", 0.9),
-        ),
+        ("BLiMP of OPT-125m, 100M words", "0.730, dense 0.749", "repository", quality(blimp, ".4f", 0.9)),
         ("the same above chance, 85% of dense", "no number", "-", quality(above_chance, ".4f", 0.85)),
         ("GLUE, fine-tuned: sst2, mrpc, cola", "90% of dense", "abstract", quality(glue, ".3f", 0.9)),
     ],
@@ -242,7 +262,10 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
     "einsum": [
         ("best learning rates differ greatly", "no number", "Qiu et al. 2024, abstract", rates),
         ("BTT matches a dense ViT-S/32", "3.8 times less compute", "Qiu et al. 2024, abstract", never),
-        ("shared parameters and lower rank do worse", "no number", "Potapczynski et al. 2024, abstract", never),
+        ("omega > 0 does worse than omega = 0", "no number", EINSUM, on_teacher([KRONECKER, TRAIN], FULL, 1.0)),
+        ("psi < 1 does worse than psi = 1: low rank", "no number", EINSUM, on_teacher(LOW_RANK, FULL, 1.0)),
+        ("the same: another point, psi = 2/3", "no number", EINSUM, on_teacher([NARROW], FULL, 1.0)),
+        ("omega = 0, psi = 1 does as well as dense", "no number", EINSUM, on_teacher(FULL, ["dense"], None)),
         ("self-guided training narrows the gap", "to 0.4 in perplexity", "Wei et al. 2024, project page", guided),
     ],
 }
