@@ -229,9 +229,7 @@ def on_teacher(ours: list[str], others: list[str], above: float | None) -> Calla
     above ``above``, or, for None, none of it more than 5% above 1."""
 
     def measure() -> Finding:
-        runs: dict[str, list[curves.Curve]] = {}
-        for curve in curves.curves(named("taxonomy-cpu").values()):
-            runs.setdefault(curve.structure, []).append(curve)
+        runs = curves.by_structure(curves.curves(named("taxonomy-cpu").values()))
         if not {*ours, *others} <= set(runs):
             return None
         found = laws.paired(runs, ours, others)

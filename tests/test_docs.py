@@ -319,9 +319,7 @@ CLAIMS = (
 
 def scaling_rows() -> list[str]:
     """The tables of docs/scaling.md, from the record that they quote."""
-    runs: dict[str, list[curves.Curve]] = {}
-    for curve in curves.curves(records.read(ROOT / "results" / "taxonomy-cpu.json")):
-        runs.setdefault(curve.structure, []).append(curve)
+    runs = curves.by_structure(curves.curves(records.read(ROOT / "results" / "taxonomy-cpu.json")))
     laws_of_all = report.markdown(report.rows(runs)).splitlines()
     return [*laws_of_all, *(f"| {claim} | {laws.paired(runs, ours, others)} |" for claim, ours, others in CLAIMS)]
 

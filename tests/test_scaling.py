@@ -9,7 +9,7 @@ import pytest
 
 from structlin import cli
 from structlin.report import records
-from structlin.scaling.curves import at, averaged, curves, frontier, hull
+from structlin.scaling.curves import at, averaged, by_structure, curves, frontier, hull
 from structlin.scaling.laws import Interval, loss_ratio, multiplier, paired, parametric, resampled, straight
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -35,10 +35,7 @@ def run(structure="dense", size=100, seed=0, law=lambda flops: 3 * flops**-0.25,
 
 
 def grouped(made):
-    runs = {}
-    for curve in curves(made):
-        runs.setdefault(curve.structure, []).append(curve)
-    return runs
+    return by_structure(curves(made))
 
 
 def test_flops_are_those_of_training():

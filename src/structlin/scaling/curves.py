@@ -69,6 +69,14 @@ def curves(records: Iterable[Record]) -> list[Curve]:
     return found
 
 
+def by_structure(found: Iterable[Curve]) -> dict[str, list[Curve]]:
+    """Structure -> its curves, in the order in which they come."""
+    runs: dict[str, list[Curve]] = {}
+    for curve in found:
+        runs.setdefault(curve.structure, []).append(curve)
+    return runs
+
+
 def _taxonomy(structure: str, config: dict[str, object]) -> Taxonomy | None:
     """Where the structure stands: from the record, or as a matrix of the model's width."""
     given, width = config.get("taxonomy"), config.get("width")

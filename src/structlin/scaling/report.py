@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..report.plots import COLOURS, MARKERS, NOTE, STYLE
 from ..report.records import write_bytes
-from .curves import Curve, Points, averaged, frontier
+from .curves import Curve, Points, averaged, by_structure, frontier
 from .laws import Interval, loss_ratio, multiplier, parametric, resampled, straight
 
 FILES = ("scaling.json", "report.md", "flops.png", "seconds.png", "taxonomy.png")
@@ -98,9 +98,7 @@ def write(folder: Path, curves: Sequence[Curve]) -> list[Row]:
         ValueError: for a structure with too few points for a law.
         OSError: when something cannot be written.
     """
-    runs: dict[str, list[Curve]] = {}
-    for curve in curves:
-        runs.setdefault(curve.structure, []).append(curve)
+    runs = by_structure(curves)
     found = rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
     values = [{name: value._asdict() if isinstance(value, Interval) else value for name, value in row._asdict().items()}
