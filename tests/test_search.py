@@ -21,9 +21,10 @@ from torch import nn
 
 from structlin import analysis, cli
 from structlin.nn import StructuredLinear
+from structlin.problems.vision import images
 from structlin.report import records
 from structlin.report.records import Record
-from structlin.search import budget, images, presets, runners, space, tasks, training
+from structlin.search import budget, levels, presets, runners, space, tasks, training
 from structlin.search.config import Config, configure
 from structlin.search.study import JOURNAL, SearchError, Study, open_storage
 from structlin.spec import parse
@@ -250,20 +251,14 @@ def test_targets_of_the_teacher_are_standardised_and_validated_on_others() -> No
     assert not seen & {tuple(row) for row in x.tolist()}
 
 
-def test_images_are_read_from_mosaics_too(tmp_path: Path) -> None:
-    tiles = np.random.Generator(np.random.PCG64(0)).integers(64, size=(2, 12, 32, 32, 3)).astype(np.uint8)
-    for index, part in enumerate(tiles):
-        mosaic = part.reshape(3, 4, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(96, 128, 3)
-        Image.fromarray(mosaic).save(tmp_path / f"train_{index:02}.png")
-    np.save(tmp_path / "train_y.npy", np.arange(22) % 10)
-    pixels, labels = images.read_images(tmp_path)
-    assert np.array_equal(pixels, tiles.reshape(24, 32, 32, 3)[:22])
-    assert labels.tolist() == [n % 10 for n in range(22)]
-    means = images.small(pixels, 8)
-    assert means.shape == (22, 8, 8, 3)
-    assert means[3, 1, 2, 0].item() == round(pixels[3, 4:8, 8:12, 0].mean())
-    bright = images.small(4 * pixels, 8)
-    assert torch.equal(bright, means)
+def test_images_become_levels(pictures: Path) -> None:
+    found = images.read(pictures)
+    assert found.pixels is not None
+    means = levels.small(found, 3)
+    assert means.shape == (200, 3, 3, 1)
+    assert means[3, 1, 2, 0].item() == round((found.pixels[3, 4:8, 8:12, 0] // 4).mean())
+    found.pixels //= 4
+    assert torch.equal(levels.small(found, 3), means)
 
 
 def test_images_held_out_are_not_trained_on(pictures: Path) -> None:
@@ -271,17 +266,6 @@ def test_images_held_out_are_not_trained_on(pictures: Path) -> None:
     held_out = {tuple(row) for (batch,) in task.validation() for row in batch.tolist()}
     assert len(held_out) == 20
     assert not held_out & {tuple(row) for step in range(40) for row in task.batch(step)[0].tolist()}
-
-
-def test_folders_without_images_are_said(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"--data: .*: holds no labels; allowed: a folder with"):
-        images.read_images(tmp_path)
-    np.save(tmp_path / "train_y.npy", np.zeros(30, np.uint8))
-    with pytest.raises(OptionError, match="holds no images"):
-        images.read_images(tmp_path)
-    np.save(tmp_path / "train_x.npy", np.zeros((29, 4, 4), np.uint8))
-    with pytest.raises(OptionError, match=r"29, 4, 4, 1.* and 30 labels"):
-        images.read_images(tmp_path)
 
 
 def test_characters_are_those_of_the_text(prose: Path) -> None:

@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from ..models.flops import linear_flops
 from ..models.gpt import GPT, GPTConfig, flops_per_token
 from ..models.mlp import MLP
+from ..problems.vision import images
 from ..spec import Spec
 from ..train.config import OptionError
 from ..train.data import read_text
 from ..train.recipe import Recipe
 from ..train.tokens import prepare
 from ..train.windows import Windows, spread
-from . import images
+from . import levels
 from .space import aligned, spec_of
 
 Batch = tuple[Tensor, ...]
@@ -164,12 +165,12 @@ class Classes(Perceptron):
     """Classification of small images by a perceptron; cross-entropy in nats."""
 
     def __init__(self, sizes: Sizes, data: tuple[str, ...], seed: int) -> None:
-        pixels, labels = images.read_images(_folder(data))
-        self.sizes, self.seed, self.about = sizes, seed, images.about(pixels, labels)
-        self._x = images.small(pixels, sizes.image).flatten(1)
-        self._y = torch.from_numpy(labels)
-        self._held_out = round(images.VALID_SHARE * len(labels))
-        self.in_features, self.out_features = self._x.shape[1], int(labels.max()) + 1
+        found = images.read(_folder(data))
+        self.sizes, self.seed, self.about = sizes, seed, found.about
+        self._x = levels.small(found, sizes.image).flatten(1)
+        self._y = torch.from_numpy(found.labels)
+        self._held_out = round(levels.VALID_SHARE * len(found))
+        self.in_features, self.out_features = self._x.shape[1], len(found.classes)
 
     def batch(self, step: int) -> Batch:
         """Random training images, float32 ``[batch, features]``, and labels, int64 ``[batch]``."""
@@ -188,7 +189,7 @@ class Classes(Perceptron):
         return F.cross_entropy(model(batch[0]).float(), batch[1])
 
     def _examples(self, chosen: Tensor) -> Batch:
-        return self._x[chosen].float() / (images.LEVELS / 2) - 1, self._y[chosen]
+        return self._x[chosen].float() / (levels.LEVELS / 2) - 1, self._y[chosen]
 
 
 class Decoder(Task):
@@ -272,13 +273,13 @@ class Pieces(Tokens):
 class Pixels(Decoder):
     """Prediction of the next of the 64 levels of small images, row by row and channel by channel within a pixel."""
 
-    vocabulary = images.LEVELS
+    vocabulary = levels.LEVELS
 
     def __init__(self, sizes: Sizes, data: tuple[str, ...], seed: int) -> None:
-        pixels, labels = images.read_images(_folder(data))
-        self.sizes, self.seed, self.about = sizes, seed, images.about(pixels, labels)
-        self._rows = images.small(pixels, sizes.image).flatten(1)
-        self._held_out = round(images.VALID_SHARE * len(self._rows))
+        found = images.read(_folder(data))
+        self.sizes, self.seed, self.about = sizes, seed, found.about
+        self._rows = levels.small(found, sizes.image).flatten(1)
+        self._held_out = round(levels.VALID_SHARE * len(self._rows))
         self.context = self._rows.shape[1] - 1
 
     def batch(self, step: int) -> Batch:
