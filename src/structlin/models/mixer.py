@@ -59,8 +59,16 @@ class Mixer(nn.Module):
     """
 
     def __init__(
-        self, image: int, patch: int, channels: int, classes: int, width: int, depth: int, token_width: int, mlp_width: int
-    ) -> None:  # fmt: skip
+        self,
+        image: int,
+        patch: int,
+        channels: int,
+        classes: int,
+        width: int,
+        depth: int,
+        token_width: int,
+        mlp_width: int,
+    ) -> None:
         super().__init__()
         if image % patch:
             allowed = ", ".join(str(size) for size in range(1, image + 1) if image % size == 0)

@@ -17,6 +17,16 @@ from .gpt2 import gpt2_medium, gpt2_small, tiny_gpt2
 from .llama import llama_like, tiny_llama
 from .opt import opt125m, opt350m, tiny_opt
 from .pythia import pythia160m, tiny_pythia
+from .vision import (
+    mixer_cifar10,
+    mixer_tiny_imagenet,
+    mnist_mlp,
+    tiny_mixer,
+    tiny_mnist,
+    tiny_vit,
+    vit_cifar10,
+    vit_tiny_imagenet,
+)  # fmt: skip
 
 LANGUAGE: dict[str, Callable[[], Recipe]] = {
     make.__name__: make
@@ -26,7 +36,12 @@ LANGUAGE: dict[str, Callable[[], Recipe]] = {
 }  # fmt: skip
 """Those of language models by name."""
 
-PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {}
+PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {
+    make.__name__: make
+    for make in (
+        vit_cifar10, mixer_cifar10, mnist_mlp, vit_tiny_imagenet, mixer_tiny_imagenet, tiny_vit, tiny_mixer, tiny_mnist
+    )
+}  # fmt: skip
 """Those of other problems by name."""
 
 RECIPES: dict[str, Callable[[], Settings]] = {**LANGUAGE, **PROBLEMS}

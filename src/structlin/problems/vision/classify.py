@@ -107,7 +107,9 @@ class Classify(Problem):
         names = [(pictures.classes[says], pictures.classes[label]) for says, label in zip(said, labels, strict=True)]
         draw(path, series, pixels.cpu().numpy(), names, f"{self.recipe.name}, {self.recipe.structure}")
 
-    def _measure(self, model: nn.Module, pictures: Pictures, places: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    def _measure(
+        self, model: nn.Module, pictures: Pictures, places: np.ndarray[Any, Any]
+    ) -> tuple[float, float, float]:
         """Mean loss, accuracy and its standard error."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for start in range(0, len(places), EVALUATED):

@@ -41,12 +41,12 @@ def layers_of(model: nn.Module) -> dict[str, list[str]]:
 
 def _vit(recipe: VisionRecipe, shape: Sequence[int], classes: int) -> nn.Module:
     """A ViT of Hugging Face transformers with a class token (Dosovitskiy et al. 2021)."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import AutoConfig, ViTForImageClassification
 
-    config = ViTConfig(
-        image_size=_side(shape, recipe.patch), patch_size=recipe.patch, num_channels=shape[2], num_labels=classes,
-        hidden_size=recipe.width, num_hidden_layers=recipe.depth, num_attention_heads=recipe.heads,
-        intermediate_size=recipe.mlp_width, attn_implementation="sdpa",
+    config: Any = AutoConfig.for_model(
+        "vit", image_size=_side(shape, recipe.patch), patch_size=recipe.patch, num_channels=shape[2],
+        num_labels=classes, hidden_size=recipe.width, intermediate_size=recipe.mlp_width,
+        num_hidden_layers=recipe.depth, num_attention_heads=recipe.heads, attn_implementation="sdpa",
     )  # fmt: skip
     model: nn.Module = ViTForImageClassification(config)
     return model

@@ -1,4 +1,4 @@
-"""The picture that a run on images leaves: accuracy as training went on, and images with what the model says of them."""
+"""What a run on images leaves to look at: accuracy as training went on, and images with what the model says of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def draw(
     """
     rows = -(-len(pixels) // COLUMNS)
     figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(2, 3))
+    left, right = parts
     axes = left.subplots()
     axes.plot(series["step"], [100 * share for share in series["accuracy"]], marker="o", markersize=4, color="#0072b2")
     axes.set(xlabel="training step", ylabel="validation accuracy, %", title=title)
@@ -44,4 +45,5 @@ def draw(
             says, true = names[place]
             cell.set_title(f"{says[:14]}", fontsize=7, pad=2, color=RIGHT if says == true else WRONG)
     right.suptitle("what the model says; orange: wrong", fontsize=9, color="#666666")
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png")

@@ -21,7 +21,7 @@ class VisionRecipe(ProblemRecipe):
     TITLE = "vision"
     packages = ("transformers", "PIL")
 
-    model: Literal["vit", "mixer", "mlp"] = setting("vit", "vit, mixer or mlp")  # noqa: RUF009, it is a field
+    model: Literal["vit", "mixer", "mlp"] = setting("vit", "vit, mixer or mlp")
     image: int | None = setting(None, "pixels on a side that images are scaled to; none: as they are")
     patch: int = setting(4, "pixels on a side of a patch, vit and mixer")
     width: int = setting(384, "features of a patch, or of a hidden layer")
