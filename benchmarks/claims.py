@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 
-from language_plans import CONTENDERS, DYADS, MONARCHS, speed, spread
+from language_plans import CONTENDERS, DYADS, MONARCHS, REVERSED, speed, spread
 
 from structlin.report import records
 from structlin.report.records import Record
@@ -284,7 +284,7 @@ def time_rows() -> list[str]:
         for record in found:
             name, share, lr = re.fullmatch(r"w\d+-(.*)-x([\d.]+)-lr(.*)-s\d+", record["name"]).groups()  # type: ignore[union-attr]
             groups.setdefault((name, float(share), float(lr)), []).append(record)
-        order = ["dense", *CONTENDERS]
+        order = ["dense", *CONTENDERS, *REVERSED]
         for (name, _, lr), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):
             share = mean(map(_seconds, runs)) / mean(base)
             losses = plus_minus(list(map(_loss, runs)))
