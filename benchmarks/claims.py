@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
@@ -323,7 +324,17 @@ def tables() -> dict[str, str]:
     head = ("| width | structure, learning rate | tokens | time, dense's best = 1 | validation loss | dense's loss "
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
     swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
+    found["beyond"] = "\n\n".join(beyond())
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
+
+
+def beyond() -> list[str]:
+    """The sections of the modules claims_*.py beside this one: a title, a word before it, and a table of its rows."""
+    modules = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("claims_*.py"))]
+    return [
+        "\n".join([f"### {module.TITLE}", "", module.INTRO, "", HEAD, *(row(*claim) for claim in module.ROWS)])
+        for module in modules
+    ]
 
 
 def filled(page: str) -> str:
