@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
-from language_plans import CONTENDERS, DYADS, MONARCHS, speed, spread
+from language_plans import CONTENDERS, DYADS, MONARCHS, REVERSED, speed, spread
 
 from structlin.report import records
 from structlin.report.records import Record
@@ -284,7 +285,7 @@ def time_rows() -> list[str]:
         for record in found:
             name, share, lr = re.fullmatch(r"w\d+-(.*)-x([\d.]+)-lr(.*)-s\d+", record["name"]).groups()  # type: ignore[union-attr]
             groups.setdefault((name, float(share), float(lr)), []).append(record)
-        order = ["dense", *CONTENDERS]
+        order = ["dense", *CONTENDERS, *REVERSED]
         for (name, _, lr), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):
             share = mean(map(_seconds, runs)) / mean(base)
             losses = plus_minus(list(map(_loss, runs)))
@@ -323,7 +324,17 @@ def tables() -> dict[str, str]:
     head = ("| width | structure, learning rate | tokens | time, dense's best = 1 | validation loss | dense's loss "
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
     swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
+    found["beyond"] = "\n\n".join(beyond())
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
+
+
+def beyond() -> list[str]:
+    """The sections of the modules claims_*.py beside this one: a title, a word before it, and a table of its rows."""
+    modules = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("claims_*.py"))]
+    return [
+        "\n".join([f"### {module.TITLE}", "", module.INTRO, "", HEAD, *(row(*claim) for claim in module.ROWS)])
+        for module in modules
+    ]
 
 
 def filled(page: str) -> str:

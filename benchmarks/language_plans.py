@@ -30,6 +30,9 @@ CONTENDERS = {
     "dyad8-all": ("dyad:nblocks=8:variant=narrow", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
     "dyad4-all": ("dyad:nblocks=4:variant=narrow", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
 }  # fmt: skip
+REVERSED = {f"{name}-reverse": name for name in ("monarch8-all", "dyad8-all")}
+"""Contenders that become dense after this share of their steps, and the ones that they are until then."""
+SWITCH = 0.8
 
 Records = Sequence[Record]
 
@@ -177,18 +180,19 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
     2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
        each contender for half of that time, at its best rate of the sweep and half of it.
     3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
-       for a longer one if not (0.7 and 1).
+       for a longer one if not (0.7 and 1); and the two fastest for 0.6 and 0.7 of it, becoming dense for the last
+       fifth of their steps (reverse sparsification).
     4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
 
     A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
     """
     sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
-    names = {"dense": ("dense", "mlp"), **CONTENDERS}
+    names = {"dense": ("dense", "mlp"), **CONTENDERS, **{name: CONTENDERS[base] for name, base in REVERSED.items()}}
     thought = SPEEDS["gpt2_small"] * 98e6 / (12 * depth * width**2 + 16384 * width)
     rates = [float(f"{1.536 / width * factor:.2g}") for factor in (1.0, 0.5, 2.0)]
 
     def swept(records: Records, name: str) -> Record:
-        title = f"w{width}-{name}-sweep-"
+        title = f"w{width}-{REVERSED.get(name, name)}-sweep-"
         done = [r for r in records if r["name"].startswith(title)]
         return best(done) if done else found(records, title + f"lr{rates[0]:g}")
 
@@ -196,9 +200,13 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
         own, dense = speed(swept(records, name)), speed(swept(records, "dense"))
         seconds = share * max(180.0, 100e6 / dense)
         spec, layers = names[name]
+        method: dict[str, Any] = {}
+        if name in REVERSED:
+            own = 1 / (SWITCH / own + (1 - SWITCH) / dense)
+            method = {"method": "sparsify_reverse", "switch": SWITCH, "moments": "carry"}
         title = f"w{width}-{name}-x{share:g}-lr{lr:.3g}-s{seed}"
         return run("gpt2_small", math.ceil(seconds * own / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
-                   name=title, speed=own, priority=priority)  # fmt: skip
+                   **method, name=title, speed=own, priority=priority)  # fmt: skip
 
     def of(records: Records, name: str) -> list[Record]:
         return [r for r in records if r["name"].startswith(f"w{width}-{name}-x")]
@@ -212,6 +220,7 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 run("gpt2_small", math.ceil(20e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
                     name=f"w{width}-{name}-sweep-lr{lr:g}", priority=rank)
                 for rank, (name, (spec, layers)) in enumerate(names.items())
+                if name not in REVERSED
                 for lr in rates
             ]  # fmt: skip
         tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
@@ -237,7 +246,13 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 budget(records, name, each, reach(name)[2]["config"]["lr"])
                 for name in tried
                 for each in ((0.7, 1.0) if reach(name)[0] == math.inf else (0.35, 0.42))
+            ] + [
+                budget(records, name, each, reach(base)[2]["config"]["lr"])
+                for name, base in REVERSED.items()
+                if base in tried
+                for each in (0.7, 0.6)
             ]
+        tried += [name for name in REVERSED if of(records, name)]
         runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]
         for name in sorted(tried, key=lambda name: reach(name)[:2])[:2]:
             again = reach(name)[2]
