@@ -8,7 +8,7 @@ from ..problems.vision import VisionRecipe
 
 
 def vit_cifar10() -> VisionRecipe:
-    """ViT, 384 wide, patches of 4, for images of 32 pixels (Dosovitskiy et al. 2021)."""
+    """ViT, 512 wide, patches of 4, for images of 32 pixels (Dosovitskiy et al. 2021)."""
     return VisionRecipe(
         name="vit_cifar10", model="vit", steps=5280, batch=512, lr=1e-3, warmup=0.1, weight_decay=0.1,
         log_every=100, valid_every=440, checkpoint_every=5280, beta2=0.99,
@@ -16,7 +16,7 @@ def vit_cifar10() -> VisionRecipe:
 
 
 def mixer_cifar10() -> VisionRecipe:
-    """MLP-Mixer, 384 wide, patches of 4, for images of 32 pixels (Tolstikhin et al. 2021)."""
+    """MLP-Mixer, 512 wide, patches of 4, for images of 32 pixels (Tolstikhin et al. 2021)."""
     return dataclasses.replace(vit_cifar10(), name="mixer_cifar10", model="mixer", layers="mlp")
 
 
@@ -29,12 +29,12 @@ def mnist_mlp() -> VisionRecipe:
 
 
 def vit_tiny_imagenet() -> VisionRecipe:
-    """ViT, 384 wide, patches of 8, for images of 64 pixels."""
+    """ViT, 512 wide, patches of 8, for images of 64 pixels."""
     return dataclasses.replace(vit_cifar10(), name="vit_tiny_imagenet", image=64, patch=8, shift=8)
 
 
 def mixer_tiny_imagenet() -> VisionRecipe:
-    """MLP-Mixer, 384 wide, patches of 8, for images of 64 pixels."""
+    """MLP-Mixer, 512 wide, patches of 8, for images of 64 pixels."""
     return dataclasses.replace(mixer_cifar10(), name="mixer_tiny_imagenet", image=64, patch=8, shift=8)
 
 
