@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
-from language_plans import CONTENDERS, DYADS, MONARCHS, REVERSED, speed, spread
+from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MONARCHS, REVERSED, speed, spread
 
 from structlin.report import records
 from structlin.report.records import Record
@@ -200,6 +200,25 @@ def rates() -> Finding:
     return f"{said}{apart['param_groups']:.0f}; small GPT, width 512, 1 seed", apart["one rate"] > apart["param_groups"]
 
 
+def mixed(width: int, budget: str, other: str) -> Callable[[], Finding]:
+    """BTT-MoE's loss beside that of ``other``, "dense" or "moe8", at equal training FLOPs or time: every one of its
+    seeds has to be below all of the other's."""
+
+    def measure() -> Finding:
+        runs = named("language-mixtures")
+        losses = {
+            name: [_loss(r) for r in of_seeds(runs, f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}")]
+            for name in (other, "btt_moe8", "btt_moe16")
+        }
+        if not all(losses.values()):
+            return None
+        said = ", ".join(f"{name} {plus_minus(values)}" for name, values in losses.items())
+        ours = min((losses[name] for name in ("btt_moe8", "btt_moe16")), key=mean)
+        return f"loss {said}; GPT-2 of 6 blocks, dense 40M tokens", max(ours) < min(losses[other])
+
+    return measure
+
+
 def never() -> Finding:
     """Nothing was run for this yet."""
     return None
@@ -265,6 +284,17 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
         ("psi < 1 does worse than psi = 1: low rank", "no number", EINSUM, on_teacher(LOW_RANK, FULL, 1.0)),
         ("the same: another point, psi = 2/3", "no number", EINSUM, on_teacher([NARROW], FULL, 1.0)),
         ("omega = 0, psi = 1 does as well as dense", "no number", EINSUM, on_teacher(FULL, ["dense"], None)),
+        *(
+            (
+                f"BTT-MoE beats {said} at equal {'FLOPs' if what == 'flops' else what}, width {width}",
+                "substantially",
+                EINSUM,
+                mixed(width, what, other),
+            )
+            for width in MIXED_WIDTHS
+            for what in ("flops", "time")
+            for other, said in (("dense", "dense"), ("moe8", "standard MoE"))
+        ),
         ("self-guided training narrows the gap", "to 0.4 in perplexity", "Wei et al. 2024, project page", guided),
     ],
 }

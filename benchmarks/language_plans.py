@@ -262,6 +262,52 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
     return plan
 
 
+MIXTURES = {
+    "moe8": ("moe_ffn:experts=8:top_k=2", "mlp"), "btt_moe8": ("btt_moe:experts=8:top_k=2", "all"),
+    "btt_moe16": ("btt_moe:experts=16:top_k=2", "all"),
+}  # fmt: skip
+MIXED_WIDTHS = (512, 1024)
+
+
+def mixtures(stage: int, records: Records) -> list[Run]:
+    """Mixtures of experts beside dense: GPT-2 of six blocks, two widths.
+
+    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at three learning rates.
+    2. Each at its best rate, two seeds: dense over 40M tokens, the others for its training FLOPs and for its time, by
+       what the sweep counted and measured.
+    """
+    names = {"dense": ("dense", "mlp"), **MIXTURES}
+    plan = []
+    for width in MIXED_WIDTHS:
+        sizes = {"width": width, "depth": 6, "heads": width // 64, "mlp_width": 4 * width}
+        thought = 0.5 * SPEEDS["gpt2_small"] * 98e6 / (12 * 6 * width**2 + 16384 * width)
+        rates = [float(f"{factor * 1.024 / width:.2g}") for factor in (1.0, 2.0, 0.5)]
+
+        def title(width: int, name: str, lr: float) -> str:
+            return f"moe-w{width}-{name}-sweep-lr{lr:g}"
+
+        if stage == 1:
+            plan += [
+                run("gpt2_small", math.ceil(10e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
+                    name=title(width, name, lr))
+                for name, (spec, layers) in names.items() for lr in rates
+            ]  # fmt: skip
+            continue
+        chosen = {name: best(found(records, title(width, name, lr)) for lr in rates) for name in names}
+        dense, tokens = chosen["dense"], 40e6
+        for name, (spec, layers) in names.items():
+            own = chosen[name]
+            flops = (dense["metrics"]["flops_per_token"] or 1) / (own["metrics"]["flops_per_token"] or 1)
+            budgets = {"flops": tokens * flops, "time": tokens * speed(own) / speed(dense)}
+            for budget, most in ({"flops": tokens} if name == "dense" else budgets).items():
+                plan += [
+                    run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=own["config"]["lr"], seed=seed,
+                        **sizes, speed=speed(own), priority=seed, name=f"moe-w{width}-{name}-{budget}-s{seed}")
+                    for seed in (0, 1)
+                ]  # fmt: skip
+    return plan
+
+
 def smoke(stage: int, records: Records) -> list[Run]:
     """The machinery on a CPU in seconds: two tiny runs, one with its evaluations."""
     small = {"batch": 8, "micro_batch": 8, "steps": 12, "valid_windows": 8, "log_every": 3, "device": "cpu"}
@@ -273,9 +319,10 @@ def smoke(stage: int, records: Records) -> list[Run]:
 
 PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12),
-    "time2048": time_to_loss(2048, 4),     "methods": methods, "smoke": smoke,
+    "time2048": time_to_loss(2048, 4), "methods": methods,
+    "mixtures": mixtures, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "smoke": 1}
+STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 2, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

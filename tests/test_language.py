@@ -42,7 +42,8 @@ def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
     seconds = [step * plans.STEP / speed for step in (0, 10, 20)]
     config = {**run.fields, "layers": run.fields.get("layers", "mlp"), "given": dict(run.fields), "parts": ["train"]}
     series = {"step": [0, 10, 20], "seconds": seconds}
-    return {"name": run.name, "config": config, "metrics": {"valid_loss": loss}, "series": series, "status": "ok"}
+    metrics = {"valid_loss": loss, "flops_per_token": 1e6 if "moe" in run.name else 2e6, "train_seconds": seconds[-1]}
+    return {"name": run.name, "config": config, "metrics": metrics, "series": series, "status": "ok"}
 
 
 def losses(run: Any) -> float | None:
