@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import lzma
 import os
+import re
+import shlex
+import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import structlin as sl
+from structlin import cli
 from structlin.models.mixer import Mixer
 from structlin.problems import train
 from structlin.problems.vision import augment, classify, images, metrics, models
@@ -24,6 +30,7 @@ from structlin.recipes import find
 from structlin.train.config import OptionError
 from structlin.train.settings import override
 
+ROOT = Path(__file__).parents[1]
 TINY = {"tiny_vit": "all", "tiny_mixer": "mlp", "tiny_mnist": "all"}
 
 
@@ -397,6 +404,94 @@ def test_data_may_be_named_by_a_variable(arrays: Path, monkeypatch: pytest.Monke
         classify.given(())
     monkeypatch.setenv(images.VARIABLE, str(arrays))
     assert classify.given(()) == arrays
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_run(arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mnist", "pictures"):
+        (tmp_path / name).symlink_to(arrays)
+    text = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^structlin (train tiny_.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main([*shlex.split(command), "--steps", "4"]) == 0, command
+    assert len(list(tmp_path.glob("runs/*/picture.png"))) == 3
+    others = re.findall(r"^structlin train (\S+) --data \S+ (.*)$", text, re.MULTILINE)[3:]
+    for recipe, options in others:
+        words = shlex.split(options)
+        names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+        override(find(recipe), dict(zip(names, words[1::2], strict=True)))
+
+
+# the comparison on a GPU
+
+
+def script(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+claims = script("claims_vision")
+benchmark = script("vision")
+
+
+@pytest.mark.parametrize("recipe", ["mixer_cifar10", "mnist_mlp", pytest.param("vit_cifar10", marks=pytest.mark.slow)])
+def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(recipe: str) -> None:
+    if recipe == "vit_cifar10":
+        pytest.importorskip("transformers")
+    runs = list(benchmark.plan(40))
+    assert len({run.name for run in runs}) == len(runs) == 3 * (5 + 5 + 6) + 16
+    with torch.device("meta"):
+        dense = models.build(find(recipe), (28, 28, 1) if recipe == "mnist_mlp" else (32, 32, 3), 10)
+    for run in (run for run in runs if run.recipe == recipe and run.data and run.given["structure"] != "dense"):
+        fields = override(find(recipe), {name: str(value) for name, value in run.given.items()})
+        rules = dict.fromkeys(models.layers_of(dense)[fields.layers], sl.spec.parse(fields.structure))
+        swaps = sl.to_structured_(dense, rules, dry_run=True)
+        assert sum(swap.params for swap in swaps) <= 0.5 * sum(swap.dense_params for swap in swaps), run.name
+
+
+def run_record(name: str, accuracy: float, step: float, share: float = 1.0) -> dict[str, Any]:
+    metrics = {"test_accuracy": accuracy, "accuracy": accuracy, "step_seconds": step, "params_share": share}
+    metrics |= {"model_params": 1e6 * share}
+    series = {"seconds": [100 * step, 200 * step], "accuracy": [accuracy, accuracy]}
+    return {"name": name, "metrics": metrics, "series": series, "status": "ok"}
+
+
+def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = {claim: measure for claim, _, _, measure in claims.ROWS}
+    assert len(rows) == len(claims.ROWS)
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(claims, "named", lambda device="h200": {r["name"]: r for r in found})
+    assert {measure() for measure in rows.values()} == {None}
+    for seed, off in enumerate((-0.002, 0.0, 0.002)):
+        found.append(run_record(f"vit_cifar10-dense-s{seed}", 0.85 + off, 0.01))
+        found.append(run_record(f"vit_cifar10-monarch4-s{seed}", 0.845 + off, 0.008, 0.39))
+        found.append(run_record(f"vit_cifar10-pixelfly-s{seed}", 0.835 + off, 0.02, 0.35))
+    for label, seconds, share in (("dense", 0.019, 1.0), ("monarch4", 0.01, 0.4)):
+        found.append({**run_record(f"step-vit_s16-{label}", 0, seconds, share), "series": {}})
+    said, good = rows["ViT with Monarch, n=4, is as accurate"]()
+    assert good
+    assert "monarch4 84.50 ± 0.20 (3 seeds) with 39% of the parameters, steps 1.25 times as fast" in said
+    assert "after 0.80 of its time" in said
+    said, good = rows["ViT with Pixelfly is as accurate"]()
+    assert not good
+    assert "never at dense's accuracy less a point" in said
+    said, good = rows["ViT: within a point of dense with at most half of the parameters"]()
+    assert good
+    assert said.startswith("best: monarch4")
+    said, good = rows["ViT-S/16 with Monarch trains faster"]()
+    assert good
+    assert said == "monarch4 1.90 times as fast, whole step, bf16, 0.4M parameters instead of 1.0M"
+    claims.draw(found, tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.size == (550, 825)
 
 
 # models of others

@@ -58,7 +58,7 @@ def main(options: argparse.Namespace, command: str) -> int:
             raise OptionError("RECIPE", f"is not given; allowed: {', '.join(RECIPES)}")
         given = {name.removeprefix(FIELD): text for name, text in vars(options).items() if name.startswith(FIELD)}
         recipe = override(find(options.recipe), given)
-        if missing := lacks(recipe.packages, "train"):
+        if missing := lacks(recipe.packages, "problems" if isinstance(recipe, ProblemRecipe) else "train"):
             return fail(missing, 1, "train")
         folder = Path(options.out or f"runs/train-{recipe.name}")
         record = run(recipe, folder, command)
