@@ -38,12 +38,13 @@ def draw(
     axes.plot(series["step"], [100 * share for share in series["accuracy"]], marker="o", markersize=4, color="#0072b2")
     axes.set(xlabel="training step", ylabel="validation accuracy, %", title=title)
     axes.grid(color="#ebebeb")
+    brightest = max(1, pixels.max())  # some sets keep 6 bits of each colour
     for place, cell in enumerate(right.subplots(rows, COLUMNS, squeeze=False).flat):
         cell.set_axis_off()
         if place < len(pixels):
-            cell.imshow(pixels[place].squeeze(), cmap="gray")
+            cell.imshow(pixels[place].squeeze() / brightest, cmap="gray", vmin=0, vmax=1)
             says, true = names[place]
-            cell.set_title(f"{says[:14]}", fontsize=7, pad=2, color=RIGHT if says == true else WRONG)
+            cell.set_title(says[:14], fontsize=7, pad=2, color=RIGHT if says == true else WRONG)
     right.suptitle("what the model says; orange: wrong", fontsize=9, color="#666666")
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png")
