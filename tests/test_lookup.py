@@ -142,7 +142,8 @@ def test_a_table_that_does_not_fit_is_refused(table, message):
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
-        (sl.Pixelfly(32, 12), (1536, 1536), "butterfly_size may be 2, 4, 8, .*512$"),
+        (sl.Pixelfly(32, 10), (1536, 1536), "butterfly_size may be 2, 3, 4, 6, 8, 12, .* 1536; or pad=True"),
+        (sl.Pixelfly(32, 1), (64, 64), "butterfly_size may be 2, 4, 8, "),
         (sl.Pixelfly(32, 16), (15, 16), "none does"),
         (sl.Pixelfly(8, 4, 3), (64, 64), "nfactors may be 1 to 2"),
         (sl.Pixelfly(32, 16), (768, 768), "block_size may be 1, 2, 3, 4, 6"),
