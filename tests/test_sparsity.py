@@ -1,7 +1,10 @@
 """Pixelfly for whole models: budgets are kept, blocks are those that were asked for, what stays dense says why."""
 
+import importlib.util
 import itertools
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from structlin import analysis, sparsity
 from structlin.sparsity import HOPPER_BLOCKS, OTHER_BLOCKS, pixelfly_within
 from structlin.structures.block_sparse import random_table, read_mask, write_mask
 from structlin.widths import butterfly
+
+ROOT = Path(__file__).parents[1]
 
 
 class MixerBlock(nn.Module):
@@ -237,3 +242,55 @@ def test_all_factors_of_a_butterfly_reach_every_cell():
         assert analysis.rank_bound(plan) == size
         flat = sl.Pixelfly(1, size, len(butterfly(size, None, n=size))).plan(size, size)
         assert analysis.density(flat) == (1 + sum(r - 1 for _, r in butterfly(size, None, n=size))) / size
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """benchmarks/sparsify.py and its claims, which are no package."""
+    found = []
+    for name in ("sparsify", "claims_sparsify"):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        found.append(importlib.util.module_from_spec(spec))
+        sys.modules[f"benchmark_{name}"] = found[-1]
+        spec.loader.exec_module(found[-1])
+    return found
+
+
+def test_rivals_have_the_weights_of_pixelfly(benchmarks):
+    script, _ = benchmarks
+    for shape in script.SHAPES:
+        fly = pixelfly_within(shape, 0.25, HOPPER_BLOCKS)
+        params = analysis.num_params(fly.plan(*shape))
+        for name in ("random", "butterfly"):
+            rival = script.rival(name, fly, shape)
+            assert 0.7 < analysis.num_params(rival.plan(*shape)) / params < 1.2
+
+
+def test_claims_follow_from_records(benchmarks, monkeypatch):
+    script, claims = benchmarks
+    monkeypatch.setattr(claims, "found", dict)
+    assert all(measure() is None for *_, measure in claims.ROWS)
+    names = [job.name for job in script.jobs(["layers", "models"], False, {})]
+    assert len(set(names)) == len(names)
+    metrics = {"pixelfly_ms": 1.0, "butterfly_ms": 3.5, "step_ms": 2.0, "valid_loss": 1.5}
+    runs = {name: {"metrics": metrics, "config": {"rate": 1e-3}} for name in names}
+    quality = [f"quality {name} lr0.001 s{seed}" for name in script.CONTENDERS for seed in (0, 1)]
+    monkeypatch.setattr(claims, "found", lambda: runs | dict.fromkeys(quality, runs[names[0]]))
+    found = {claim: measure() for claim, _, _, measure in claims.ROWS}
+    assert [verdict for _, verdict in found.values()] == [True, False, False, False, False, True, True]
+    assert found["GPT-2 medium trains faster"][0] == "GPT-2 medium 1.00 times dense's speed, whole step"
+
+
+def test_quality_runs_wait_for_what_they_need(benchmarks):
+    script, _ = benchmarks
+
+    def names(found):
+        return [job.name for job in script.jobs(["quality"], False, found)]
+
+    assert not any("magnitude" in name or "s1" in name for name in names({}))
+    dense = {"status": "ok", "config": {"masks": {"0": "block_sparse"}}}
+    done = {f"quality dense lr{rate} s0": {**dense, "metrics": {"valid_loss": rate}} for rate in script.RATES}
+    later = names(done)
+    assert f"quality dense lr{script.RATES[0]} s1" in later
+    assert f"quality magnitude lr{script.RATES[0]} s0" in later
+    assert not any("pixelfly" in name and "s1" in name for name in later)
