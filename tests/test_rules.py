@@ -52,6 +52,7 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
+    ("problems",),
     ("recipes", "search"),
     ("report",),
     ("scaling", "advise"),
