@@ -11,8 +11,8 @@ from structlin.report.records import Record
 
 TITLE = "Pixelfly for whole models"
 INTRO = (
-    'Dao et al. 2022, "Pixelated Butterfly". Times are whole training steps in bfloat16, compiled and as CUDA graphs, on '
-    "random data, with a quarter of the weights in the sparse layers. Values from memory were not read in a source."
+    'Dao et al. 2022, "Pixelated Butterfly". Steps are whole training steps in bfloat16, compiled and as CUDA graphs, '
+    "with a quarter of the weights in the sparse layers; values from memory were not read in a source."
 )
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "sparsify-h200.json"

@@ -9,7 +9,7 @@ same layers in float64. Models: a whole training step, loss and fused AdamW incl
 GPT-2 medium on windows of 1024 tokens, ViT-B and Mixer-B on 196 patches, with every linear layer replaced that
 `sparsify` makes sparse; weights and optimizer in bfloat16, random data. Quality: a small decoder on bytes of Python's
 standard library, trained at two rates from one seed, then at the better one from two more; the magnitude masks are
-those of the trained dense model. The other structures get as many weights as pixelfly has, as near as their sizes allow.
+those of the trained dense model. The other structures have as many weights as pixelfly, as near as sizes allow.
 
 Every job runs in a process of its own, and its record is written when it ends; a job whose record is there is skipped,
 and none starts that is not expected to end within --limit. With --smoke all is tiny, on the CPU and in this process,
