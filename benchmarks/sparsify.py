@@ -102,7 +102,7 @@ def layer(shape: Shape, density: float, smoke: bool) -> Found:
     torch.manual_seed(0)
     modules: dict[str, nn.Module] = {"dense": nn.Linear(shape[1], shape[0], bias=False)}
     modules |= {name: sl.StructuredLinear(shape[1], shape[0], spec, bias=False) for name, spec in specs.items()}
-    x = torch.randn(tokens, shape[1], device=device, dtype=dtype).requires_grad_()
+    given = torch.randn(tokens, shape[1], device=device, dtype=dtype)
     dy = torch.randn(tokens, shape[0], device=device, dtype=dtype)
     runs: dict[str, Callable[[], object]] = {}
     metrics: dict[str, float | int | None] = {}
@@ -110,14 +110,15 @@ def layer(shape: Shape, density: float, smoke: bool) -> Found:
         module.to(device, dtype)
         call = run = module if smoke else compiled(module, tokens)
         with torch.no_grad():
-            off = error(call(x[:256]), copy.deepcopy(module).double()(x[:256].double()))
+            off = error(call(given), copy.deepcopy(module).double()(given.double()))
         if not off < 0.02:
             raise ValueError(f"{name} of {shape[0]}x{shape[1]} is {off:.3g} off itself in float64")
         metrics[f"{name}_error"] = off
-        wanted = [x, *module.parameters()]
+        # an input of its own: a leaf remembers the stream of its first backward pass
+        wanted = [given.detach().clone().requires_grad_(), *module.parameters()]
 
         def step(run: Callable[[Tensor], Tensor] = run, wanted: list[Tensor] = wanted) -> Tensor:
-            return torch.autograd.grad(run(x), wanted, dy)[0]
+            return torch.autograd.grad(run(wanted[0]), wanted, dy)[0]
 
         runs[name] = step if smoke else capture(step).replay
     times = take_turns(Clock(device), runs, 1, 3 if smoke else REPEATS)
@@ -343,7 +344,7 @@ def work(job: Job, smoke: bool, command: str) -> records.Record:
     except Exception as failure:
         config, metrics, series = {"arguments": [str(a) for a in job.arguments]}, {}, {}
         fields |= {"status": "failed", "error": f"{type(failure).__name__}: {failure}"[:600]}
-    fields |= {"config": config, "metrics": metrics, "series": series}
+    fields |= {"config": config, "metrics": metrics, "series": series, "seed": config.get("seed", 0)}
     return fields  # type: ignore[return-value]
 
 

@@ -78,6 +78,7 @@ def test_explain_names_the_lookup():
         (sl.LowRank(8) + sl.Pixelfly(64, 4), {1: 0}),
         (sl.Pixelfly(64, 4, rank=24) + sl.Pixelfly(64, 4, rank=8), {0: 1, 2: 3}),
         (sl.BlockDiagonal(4) + sl.Pixelfly(64, 4, rank=24), {1: 2}),
+        (sl.BlockSparse(4, 2) + sl.LowRank(24), {0: 1}),
         (sl.Pixelfly(64, 4), {}),
         (sl.Pixelfly(64, 4, rank=20), {}),
         (sl.Pixelfly(64, 4) + sl.Dyad(4), {}),

@@ -81,6 +81,19 @@ def test_the_published_configuration_of_gpt2_medium():
     assert pixelfly_within((768, 768), 0.25, HOPPER_BLOCKS) == sl.Pixelfly(64, 12, 1, rank=32)
 
 
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1600, 6400)])
+def test_the_kernels_of_hopper_take_what_is_chosen_for_them(shape):
+    """Sparse and low-rank term in one kernel, widths of 768 and 1600 included."""
+    pytest.importorskip("triton")
+    from structlin.ops.lowering import lower
+    from structlin.ops.moves import Kernels
+    from structlin.ops.schedule import pairs, schedule
+
+    plan = pixelfly_within(shape, 0.25, HOPPER_BLOCKS).plan(*shape)
+    terms = schedule(lower(plan).text, 128, Kernels(True, True))
+    assert pairs([(term.steps[-1].forward, term.steps[-1].after) for term in terms]) == {0: 1}
+
+
 def test_no_pixelfly_of_the_block_size_spends_more(monkeypatch):
     monkeypatch.setattr(sparsity, "FULL", 1.0)
     for shape, density in ((64, 64), 0.35), ((96, 192), 0.5), ((256, 64), 0.4):
