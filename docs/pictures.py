@@ -29,6 +29,8 @@ CHOSEN = {
     "block_diagonal": "block_diagonal:nblocks=4",
     "block_dense": "block_dense:nblocks=4:rank=8",
     "block_shuffle": "block_shuffle:nblocks=4",
+    "block_butterfly": "block_butterfly:butterfly_size=8",
+    "block_sparse": "block_sparse:nblocks=8:slots=3",
     "blast": "blast:nblocks=4:rank=8",
     "btt": "btt:rank=1:in_dims=8x4:out_dims=4x8",
     "chain": "chain:equation=g b a; d a; g e b -> e g d:sizes=b=4 e=4 g=4",

@@ -82,6 +82,13 @@ def test_problems_page_runs(
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
+def test_sparsify_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "sparsify.md").read_text()
+    for _, code in blocks(ROOT / "docs" / "sparsify.md"):
+        exec(compile(code, "sparsify.md", "exec"), {})
+    assert f"```\n{capsys.readouterr().out}```" in page
+
+
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")

@@ -78,6 +78,7 @@ def test_explain_names_the_lookup():
         (sl.LowRank(8) + sl.Pixelfly(64, 4), {1: 0}),
         (sl.Pixelfly(64, 4, rank=24) + sl.Pixelfly(64, 4, rank=8), {0: 1, 2: 3}),
         (sl.BlockDiagonal(4) + sl.Pixelfly(64, 4, rank=24), {1: 2}),
+        (sl.BlockSparse(4, 2) + sl.LowRank(24), {0: 1}),
         (sl.Pixelfly(64, 4), {}),
         (sl.Pixelfly(64, 4, rank=20), {}),
         (sl.Pixelfly(64, 4) + sl.Dyad(4), {}),
@@ -142,7 +143,8 @@ def test_a_table_that_does_not_fit_is_refused(table, message):
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
-        (sl.Pixelfly(32, 12), (1536, 1536), "butterfly_size may be 2, 4, 8, .*512$"),
+        (sl.Pixelfly(32, 10), (1536, 1536), "butterfly_size may be 2, 3, 4, 6, 8, 12, .* 1536; or pad=True"),
+        (sl.Pixelfly(32, 1), (64, 64), "butterfly_size may be 2, 4, 8, "),
         (sl.Pixelfly(32, 16), (15, 16), "none does"),
         (sl.Pixelfly(8, 4, 3), (64, 64), "nfactors may be 1 to 2"),
         (sl.Pixelfly(32, 16), (768, 768), "block_size may be 1, 2, 3, 4, 6"),

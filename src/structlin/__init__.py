@@ -8,6 +8,7 @@ from .nn import StructuredLinear, explain, normalise_, project, tune
 from .ops.choice import choices, restore_choices
 from .optim import param_groups
 from .plan import Plan
+from .sparsity import magnitude_mask, sparsify
 from .spec import STRUCTURES, Spec, register
 from .structures import *  # noqa: F403, each structure is named once, there
 from .surgery import to_dense_, to_structured_
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "guide_",
     "load",
+    "magnitude_mask",
     "normalise_",
     "param_groups",
     "project",
@@ -32,6 +34,7 @@ __all__ = [
     "restore_choices",
     "save",
     "shrinkage",
+    "sparsify",
     "spec",
     "testing",
     "to_dense_",

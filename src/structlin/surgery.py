@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as with_changes
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -20,7 +20,7 @@ from .nn.projection import check
 from .nn.worth import speedup
 from .progress import shown
 from .spec import Spec
-from .structures import MoE
+from .structures import Dense, MoE
 
 
 @torch.no_grad()
@@ -107,6 +107,40 @@ def planned(model: nn.Module, rules: Mapping[str, Spec | None], weights: str) ->
         except ValueError as error:
             problems.append(f"{name} ({shape[0]}x{shape[1]}): {error}")
     return conversion, problems
+
+
+def convertible(
+    model: nn.Module, layers: Sequence[str], weights: str = "project"
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The linear layers whose names match: (out_features, in_features) of those that `to_structured_` takes with
+    ``weights``, and why it refuses the others.
+
+    Raises:
+        ValueError: for a glob that matches no linear layer, or a model in which none can be converted.
+    """
+    linears = _linears(model)
+    for glob in layers:
+        if not any(fnmatchcase(name, glob) for name in linears):
+            near = f"there are {', '.join(list(linears)[:4])} and so on" if linears else "the model has none"
+            raise ValueError(f"{glob!r} matches no linear layer; {near}")
+    shapes: dict[str, tuple[int, int]] = {}
+    kept: dict[str, str] = {}
+    for name in linears:
+        if any(fnmatchcase(name, glob) for glob in layers):
+            _, problems = planned(model, {literal(name): Dense()}, weights)
+            if problems:
+                kept[name] = problems[0].partition(": ")[2]
+            else:
+                dense = model.get_submodule(name)
+                shapes[name] = _kind(dense).shape_of(dense)
+    if not shapes:
+        raise ValueError(f"no layer can be converted: {kept}")
+    return shapes, kept
+
+
+def literal(name: str) -> str:
+    """A glob that matches ``name`` alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def to_dense_(model: nn.Module) -> list[str]:

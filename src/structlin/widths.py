@@ -27,18 +27,36 @@ def divide(what: str, parts: int, **sizes: int) -> tuple[int, ...]:
     return tuple(size // parts for size in sizes.values())
 
 
-def power_of_two(what: str, parts: int, **sizes: int) -> None:
-    """Whether ``parts`` is a power of two from 2 on that divides each of ``sizes``.
+def butterfly(size: int, nfactors: int | None, **widths: int) -> list[tuple[int, int]]:
+    """(stride, radix) of each of the first ``nfactors`` factors of a butterfly matrix over ``size`` cells, or of all.
+
+    The number of a cell is read in digits, the prime factors of ``size``, the smallest fastest; factor l links cells
+    that differ in digit l, which are multiples of its stride apart. Of a power of two all radices are 2.
+
+    >>> butterfly(12, None, in_features=768)
+    [(1, 2), (2, 2), (4, 3)]
 
     Raises:
-        ValueError: when it is not, naming the parameter ``what`` and the values that would do.
+        ValueError: for a size below 2 or one that does not divide all ``widths``, naming those that do, and for more
+            factors than it has.
     """
-    common = gcd(*sizes.values())
-    if parts < 2 or parts & (parts - 1) or common % parts:
-        fitting = [str(2**n) for n in range(1, common.bit_length()) if common % 2**n == 0]
-        shown = " and ".join(f"{name}={size}" for name, size in sizes.items())
-        does = f"{what} may be {', '.join(fitting)}" if fitting else "none does, as one of them is odd"
-        raise ValueError(f"{what}={parts} is no power of two, from 2 on, that divides {shown}; {does}")
+    common = gcd(*widths.values())
+    if size < 2 or common % size:
+        fitting = [str(n) for n in range(2, common + 1) if common % n == 0]
+        shown = " and ".join(f"{name}={width}" for name, width in widths.items())
+        fits = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "...", fitting[-1]])
+        does = f"butterfly_size may be {fits}" if fits else "none does, as they have no common divisor"
+        raise ValueError(f"butterfly_size={size} is not from 2 on and a divisor of {shown}; {does}")
+    levels, stride = list[tuple[int, int]](), 1
+    while stride < size:
+        radix = next(n for n in range(2, size + 1) if size // stride % n == 0)
+        levels.append((stride, radix))
+        stride *= radix
+    if nfactors is not None and nfactors > len(levels):
+        raise ValueError(
+            f"nfactors={nfactors} exceeds the factors of butterfly_size={size}; nfactors may be 1 to {len(levels)}"
+        )
+    return levels[:nfactors]
 
 
 @cache

@@ -141,21 +141,71 @@ def pixelfly(spec, sparse, down=None, up=None):
         return stretched_pixelfly(spec, sparse, 32)  # the example
     size, (rows, columns) = spec.butterfly_size, (sparse.shape[1], sparse.shape[3])
     weight, cells = torch.zeros(size * rows, size * columns, dtype=FLOAT), butterfly(size, spec.nfactors)
+    order = [torch.eye(size)] if size & (size - 1) else None
+    if order is not None:  # ours, of the paper's idea: mixed radix, the cells of a row by how far a digit is turned
+        order += [turn for level in radices(size)[: spec.nfactors] for turn in turns(size, *level)]
     for row in range(size):
         found = cells[row].nonzero().flatten().tolist()
-        assert len(found) == spec.nfactors + 1
+        assert len(found) == sparse.shape[2]
         for column in found:
-            slot = abs(row - column).bit_length()  # the diagonal first, then the strides
+            if order is None:
+                slot = abs(row - column).bit_length()  # the diagonal first, then the strides
+            else:
+                (slot,) = [slot for slot, turn in enumerate(order) if turn[row, column]]
             weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns] = sparse[row, :, slot]
     return weight if down is None else weight + up @ down
 
 
+def radices(size):
+    """(stride, radix) for each prime factor of ``size``, ascending."""
+    primes = [p for p in range(2, size + 1) if all(p % q for q in range(2, p))]
+    found = [p for p in primes for n in range(1, size.bit_length()) if size % p**n == 0]
+    return [(math.prod(found[:i]), p) for i, p in enumerate(found)]
+
+
+def turns(size, stride, radix):
+    """The permutations that turn the digit of this stride by 1, 2, ..., radix - 1."""
+    eye = torch.eye(radix)
+    return [
+        torch.kron(torch.kron(torch.eye(size // (stride * radix)), eye.roll(n, 1)), torch.eye(stride))
+        for n in range(1, radix)
+    ]
+
+
 def butterfly(size, nfactors):
     cells = torch.zeros(size, size, dtype=torch.bool)
-    for stride in (2**level for level in range(nfactors)):
+    for stride, radix in radices(size)[:nfactors]:
         eye = torch.eye(stride, dtype=torch.bool)
-        cells |= torch.block_diag(*[torch.cat([torch.cat([eye, eye], 1)] * 2).int()] * (size // (2 * stride))).bool()
+        factor = torch.cat([torch.cat([eye, eye], 1)] * 2) if radix == 2 else torch.ones(radix, radix).kron(eye)
+        cells |= torch.block_diag(*[factor.int()] * (size // (radix * stride))).bool()
     return cells
+
+
+def block_butterfly(spec, *factors):
+    """The product, the largest stride last, each factor with two (or radix) blocks in every row of blocks."""
+    weight = None
+    for (stride, radix), factor in zip(radices(spec.butterfly_size), factors, strict=False):
+        p, q, groups = factor.shape[-1], factor.shape[-3], spec.butterfly_size // (stride * radix)
+        blocks = factor.reshape(groups, stride, radix, q, radix, p)
+        matrix = torch.zeros(spec.butterfly_size * q, spec.butterfly_size * p, dtype=FLOAT)
+        for high, low, o, i in itertools.product(range(groups), range(stride), range(radix), range(radix)):
+            row, column = ((high * radix + digit) * stride + low for digit in (o, i))
+            matrix[row * q : (row + 1) * q, column * p : (column + 1) * p] = blocks[high, low, o, :, i]
+        weight = matrix if weight is None else matrix @ weight
+    return weight
+
+
+def block_sparse(spec, sparse):
+    """The dense cells of each row, from left to right, where the mask has them."""
+    n, rows, slots, columns = sparse.shape
+    if isinstance(spec.mask, str):
+        bits = "".join(f"{int(digit, 16):04b}" for digit in spec.mask[2:])[: n * n]
+    else:  # a seed: pinned, as checkpoints depend on it
+        bits = {(4, 2, 1): "1001011011000011", (6, 3, 7): "110001011100000111101100100011011010"}[n, slots, spec.mask]
+    weight, cells = torch.zeros(n, rows, n, columns, dtype=FLOAT), sparse.transpose(1, 2).flatten(0, 1)
+    for at, cell in zip([i for i, bit in enumerate(bits) if bit == "1"], cells, strict=True):
+        weight[at // n, :, at % n] = cell
+    return weight.reshape(n * rows, n * columns)
 
 
 def stretched_blocks(spec, out_features, in_features):
@@ -279,6 +329,8 @@ DENSE_FORMS = {
     "chain": chain,
     "pixelfly": pixelfly,
     "gblr": gblr,
+    "block_butterfly": block_butterfly,
+    "block_sparse": block_sparse,
 }
 
 
@@ -310,6 +362,8 @@ def test_is_the_papers_matrix(spec, shape):
         (sl.Pixelfly(32, 16, 3), 1024, 4096, 0.25),
         (sl.Pixelfly(32, 16, 4), 512, 512, 0.3125),
         (sl.Pixelfly(32, 32, 3), 1024, 1024, 0.125),
+        (sl.BlockButterfly(16, 2), 1024, 1024, 0.25),  # 2 nfactors / butterfly_size
+        (sl.BlockSparse(16, 4), 4096, 1024, 0.25),
     ],
     ids=str,
 )

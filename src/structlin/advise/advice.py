@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from ..nn.kinds import kind_of
 from ..progress import shown
+from ..sparsity import block_sizes, pixelfly_within
 from ..spec import Spec
-from ..structures import Dense
-from ..surgery import planned
+from ..surgery import convertible, literal
 from . import allocate, scores
 from .options import CANDIDATES, Clock, Option, Shape, options
 
@@ -22,7 +20,7 @@ BUDGETS = ("params", "flops", "time")
 """What can be bounded: weights, FLOPs, or seconds, as a share of those of the dense layers."""
 
 POLICIES = ("knapsack", "uniform", "pixelfly")
-"""How options are chosen: the exact optimum, one structure for all layers, or the rule of thumb for pixelfly."""
+"""How options are chosen: the exact optimum, one structure for all layers, or pixelfly as `structlin.sparsify` does."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Advice:
     def rules(self) -> dict[str, Spec | None]:
         """Name of every layer -> spec, or None for dense: rules for `to_structured_`."""
         found = {layer.name: layer.options[i].spec for layer, i in zip(self.layers, self.chosen, strict=True)}
-        return {_literal(name): spec for name, spec in (dict.fromkeys(self.kept) | found).items()}
+        return {literal(name): spec for name, spec in (dict.fromkeys(self.kept) | found).items()}
 
     @property
     def loss(self) -> float:
@@ -189,7 +187,7 @@ def choose(
     elif policy == "uniform":
         picked = allocate.uniform([[str(option.spec) for option, _ in row] for row in rows], values, costs, bound)
     else:
-        wanted = allocate.pixelfly_split([layer.shape for layer in layers], share)
+        wanted = [pixelfly_within(layer.shape, share, block_sizes()) for layer in layers]
         names = [[option.spec for option, _ in row] for row in rows]
         if absent := [str(spec) for spec, row in zip(wanted, names, strict=True) if spec not in row]:
             raise ValueError(f"{absent[0]} was not scored; score with the candidates of pixelfly_candidates")
@@ -199,40 +197,13 @@ def choose(
 
 
 def pixelfly_candidates(model: nn.Module, share: float, layers: Sequence[str] = ("*",)) -> list[Spec]:
-    """The structures that the policy "pixelfly" gives the layers of ``model`` for a share of their weights."""
-    shapes, _ = convertible(model, layers)
-    return list(dict.fromkeys(allocate.pixelfly_split(list(shapes.values()), share)))
-
-
-def convertible(model: nn.Module, layers: Sequence[str]) -> tuple[dict[str, Shape], dict[str, str]]:
-    """The linear layers whose names match: shapes of those that `to_structured_` takes, and why it refuses the others.
+    """The structures that the policy "pixelfly" gives the layers of ``model`` for a share of their weights.
 
     Raises:
-        ValueError: for a glob that matches no linear layer, or a model in which none can be converted.
+        ValueError: as `structlin.sparsity.pixelfly_within` for a layer that none fits.
     """
-    linears = {name: module for name, module in model.named_modules() if name and kind_of(module) is not None}
-    for glob in layers:
-        if not any(fnmatchcase(name, glob) for name in linears):
-            raise ValueError(f"{glob!r} matches no linear layer; there are {', '.join(list(linears)[:4])} and so on")
-    shapes: dict[str, Shape] = {}
-    kept: dict[str, str] = {}
-    for name, module in linears.items():
-        if any(fnmatchcase(name, glob) for glob in layers):
-            _, problems = planned(model, {_literal(name): Dense()}, "project")
-            kind = kind_of(module)
-            assert kind is not None
-            if problems:
-                kept[name] = problems[0].partition(": ")[2]
-            else:
-                shapes[name] = kind.shape_of(module)
-    if not shapes:
-        raise ValueError(f"no layer can be converted: {kept}")
-    return shapes, kept
-
-
-def _literal(name: str) -> str:
-    """A glob that matches ``name`` alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    shapes, _ = convertible(model, layers)
+    return list(dict.fromkeys(pixelfly_within(shape, share, block_sizes()) for shape in shapes.values()))
 
 
 def _cost(option: Option, budget: str) -> float:

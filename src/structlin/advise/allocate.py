@@ -1,14 +1,10 @@
 """Which option each layer takes under a budget for all of them: a knapsack with one choice per layer, solved exactly by
-HiGHS (`scipy.optimize.milp`), and two plainer policies to hold it against.
+HiGHS (`scipy.optimize.milp`), and one structure for all layers to hold it against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from .. import analysis
-from ..structures import Pixelfly
-from .options import Shape
 
 
 def knapsack(values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
@@ -77,47 +73,3 @@ def uniform(
     if best is None:
         raise ValueError(f"no structure that fits all layers is within the budget of {budget:.4g}")
     return best[1]
-
-
-def pixelfly_split(shapes: Sequence[Shape], share: float) -> list[Pixelfly]:
-    """The rule of thumb of Dao et al. 2022 for pixelfly: each type of layer gets a density in proportion to its share
-    of the dense compute, a quarter of it as low rank, the rest as butterfly strides as far as they fit.
-
-    Args:
-        shapes: (out_features, in_features) of every layer; layers of one shape are one type.
-        share: of the weights of all layers.
-
-    Raises:
-        ValueError: for a shape that no pixelfly of that density fits.
-    """
-    sizes = {shape: shape[0] * shape[1] for shape in shapes}
-    whole = sum(sizes[shape] for shape in shapes)
-    compute = {shape: shapes.count(shape) * size / whole for shape, size in sizes.items()}
-    # densities in proportion to the shares, scaled so that all layers together meet the budget, and at most 1
-    density, rest, left = dict.fromkeys(sizes, 1.0), list(sizes), share
-    while rest:
-        scale = left / sum(compute[shape] ** 2 for shape in rest)
-        full = [shape for shape in rest if scale * compute[shape] > 1]
-        if not full:
-            density |= {shape: scale * compute[shape] for shape in rest}
-            break
-        rest, left = [shape for shape in rest if shape not in full], left - sum(compute[shape] for shape in full)
-    return [_pixelfly(shape, density[shape]) for shape in shapes]
-
-
-def _pixelfly(shape: Shape, density: float) -> Pixelfly:
-    budget, found = density * shape[0] * shape[1], list[tuple[int, Pixelfly]]()
-    for size in (4, 8, 16, 32, 64):
-        for block in (64, 32, 16, 8):
-            rank = max(block, round(budget / 4 / sum(shape) / block) * block)
-            for strides in range(size.bit_length() - 1, 0, -1):
-                spec = Pixelfly(block_size=block, butterfly_size=size, nfactors=strides, rank=rank)
-                try:
-                    params = analysis.num_params(spec.plan(*shape))
-                except ValueError:
-                    continue
-                if params <= budget:
-                    found.append((params, spec))
-    if not found:
-        raise ValueError(f"no pixelfly fits {shape[0]}x{shape[1]} with {density:.1%} of its weights; give more")
-    return max(found, key=lambda pair: pair[0])[1]

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit", default="weights", metavar="weights|inputs", help="what projections are nearest to, as structlin "
         "convert without and with --calibrate; default: weights")  # fmt: skip
     add("--policy", default="knapsack", metavar="knapsack|uniform|pixelfly", help="the best allocation, one structure "
-        "for all layers, or pixelfly's split of a budget of parameters; default: knapsack")  # fmt: skip
+        "for all layers, or pixelfly at one density for a budget of parameters; default: knapsack")  # fmt: skip
     add("--costs", metavar="FILE.json", help="records of structlin bench of the device that the model is for; default: "
         "time layers on this machine, where a budget needs times")  # fmt: skip
     add("--device", metavar="cpu|cuda[:N]", help="where to time layers; default: cuda if there is a GPU, else cpu")
@@ -94,7 +94,7 @@ def work(options: argparse.Namespace) -> None:
     if not options.calibrate and (options.score != "projection" or options.fit == "inputs"):
         raise ValueError("--calibrate: is needed for --score fisher and ntk, and for --fit inputs")
     if options.policy == "pixelfly" and budget != "params":
-        raise ValueError("--policy: pixelfly splits a budget of parameters; give --budget params=SHARE")
+        raise ValueError("--policy: pixelfly keeps to a budget of parameters; give --budget params=SHARE")
     if not options.out.endswith(".json"):
         raise ValueError(f"--out: {options.out} is given; allowed: a path that ends in .json")
     model, batches = load(Path(options.source), options.calibrate, options.calibrate_tokens)

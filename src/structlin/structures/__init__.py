@@ -2,9 +2,11 @@
 
 from .algebra import Product, Sum, Transpose
 from .blast import Blast
+from .block_butterfly import BlockButterfly
 from .block_dense import BlockDense
 from .block_diagonal import BlockDiagonal
 from .block_shuffle import BlockShuffle
+from .block_sparse import BlockSparse
 from .btt import BTT
 from .chain import Chain
 from .dense import Dense
@@ -21,9 +23,11 @@ from .tensor_train import TensorTrain
 __all__ = [
     "BTT",
     "Blast",
+    "BlockButterfly",
     "BlockDense",
     "BlockDiagonal",
     "BlockShuffle",
+    "BlockSparse",
     "Chain",
     "Dense",
     "Dyad",

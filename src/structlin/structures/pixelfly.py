@@ -8,7 +8,7 @@ from typing import Self
 
 from ..plan import Plan, Table, Term
 from ..spec import Spec, register
-from ..widths import divide, power_of_two
+from ..widths import butterfly, divide
 from .low_rank import LowRank
 
 
@@ -20,6 +20,10 @@ class Pixelfly(Spec):
     in_features / butterfly_size); row i of the grid holds the cells i, i xor 1, i xor 2, ..., i xor 2**(nfactors - 1).
     Factor ``sparse`` is (butterfly_size, rows of a cell, nfactors + 1, columns of a cell), its density exactly
     (nfactors + 1) / butterfly_size.
+
+    The paper has powers of two. Other sizes, as the 12 blocks of 64 in a width of 768, are butterflies of mixed radix
+    (`structlin.widths.butterfly`): a factor of radix p links p cells, so a row has one cell and p - 1 more for each
+    factor.
 
     The matrix is made of whole blocks of ``block_size``. Cells that are not are stretched to the blocks that they
     touch, as in the published code, and ``sparse`` is (out_features / block_size, block_size, blocks in a row,
@@ -38,12 +42,10 @@ class Pixelfly(Spec):
     rank: int | float | None = None
 
     def plan(self, out_features: int, in_features: int) -> Plan:
-        size, most = self.butterfly_size, self.butterfly_size.bit_length() - 1
-        power_of_two("butterfly_size", size, out_features=out_features, in_features=in_features)
-        if self.nfactors > most:
-            raise ValueError(f"nfactors={self.nfactors} exceeds log2(butterfly_size); nfactors may be 1 to {most}")
+        size = self.butterfly_size
+        levels = butterfly(size, self.nfactors, out_features=out_features, in_features=in_features)
         n, k = out_features // size, in_features // size
-        table = tuple((i, *(i ^ 1 << level for level in range(self.nfactors))) for i in range(size))
+        table = tuple((i, *(at for level in levels for at in _linked(i, *level))) for i in range(size))
         if n % self.block_size or k % self.block_size:
             n, k, table = self._stretched(table, n, k)
         term = Term(("i", "s", "k"), (("i", "n", "s", "k"),), ("i", "n"), ("sparse",), table)
@@ -81,3 +83,10 @@ class Pixelfly(Spec):
         yield cls(block_size=1, butterfly_size=8, nfactors=3), (24, 16)
         yield cls(block_size=2, butterfly_size=8, nfactors=2, rank=3), (32, 16)
         yield cls(block_size=4, butterfly_size=8, nfactors=2), (16, 32)
+        yield cls(block_size=2, butterfly_size=6, nfactors=2), (24, 12)
+
+
+def _linked(cell: int, stride: int, radix: int) -> list[int]:
+    """The other cells that differ from ``cell`` in the digit of this stride, from the next value of the digit on."""
+    digit = cell // stride % radix
+    return [cell + ((digit + shift) % radix - digit) * stride for shift in range(1, radix)]
