@@ -15,6 +15,18 @@ from ..train.recipe import Recipe
 from ..train.settings import Settings
 from .gpt2 import gpt2_medium, gpt2_small, tiny_gpt2
 from .llama import llama_like, tiny_llama
+from .operators import (
+    burgers,
+    darcy,
+    fno_navier_stokes,
+    monarch_no_navier_stokes,
+    tiny_burgers,
+    tiny_darcy,
+    tiny_fno_navier_stokes,
+    tiny_monarch_no_navier_stokes,
+    tiny_unet_navier_stokes,
+    unet_navier_stokes,
+)
 from .opt import opt125m, opt350m, tiny_opt
 from .pythia import pythia160m, tiny_pythia
 
@@ -26,7 +38,13 @@ LANGUAGE: dict[str, Callable[[], Recipe]] = {
 }  # fmt: skip
 """Those of language models by name."""
 
-PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {}
+PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {
+    make.__name__: make
+    for make in (
+        fno_navier_stokes, monarch_no_navier_stokes, unet_navier_stokes, burgers, darcy, tiny_fno_navier_stokes,
+        tiny_monarch_no_navier_stokes, tiny_unet_navier_stokes, tiny_burgers, tiny_darcy,
+    )
+}  # fmt: skip
 """Those of other problems by name."""
 
 RECIPES: dict[str, Callable[[], Settings]] = {**LANGUAGE, **PROBLEMS}
