@@ -1,4 +1,4 @@
-"""Operators of differential equations, as the Fourier neural operator (Li et al. 2021) and Monarch-NO (Dao et al. 2022).
+"""Operators of differential equations: the Fourier neural operator (Li et al. 2021), and Monarch-NO (Dao et al. 2022).
 
 The published operator has width 20, 12 modes and 4 layers, and trains for 500 epochs of 50 updates with a rate that
 halves every 100. Here the rate is higher and falls along a cosine, and half of the updates predict few times.

@@ -1,8 +1,8 @@
 """Burgers' equation on the circle, by a spectral method with an integrating factor, many solutions at once.
 
-``du/dt + d(u^2 / 2)/dx = viscosity d2u/dx2`` on ``[0, 1)``, periodic, as in Li et al. 2021, section 5.1: the operator to
-learn takes ``u`` at time 0 to ``u`` at time 1. The viscous term is solved exactly by the integrating factor, the rest
-by the fourth-order Runge-Kutta method; products are freed of aliases by the 2/3 rule.
+``du/dt + d(u^2 / 2)/dx = viscosity d2u/dx2`` on ``[0, 1)``, periodic, as in Li et al. 2021, section 5.1: the operator
+to learn takes ``u`` at time 0 to ``u`` at time 1. The viscous term is solved exactly by the integrating factor, the
+rest by the fourth-order Runge-Kutta method; products are freed of aliases by the 2/3 rule.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def solve(u: Tensor, viscosity: float, step: float, steps: int) -> Tensor:
     flux = -0.5j * waves * keep
 
     def rate(spectrum: Tensor) -> Tensor:
-        return flux * torch.fft.rfft(torch.fft.irfft(spectrum, n).square())
+        product: Tensor = flux * torch.fft.rfft(torch.fft.irfft(spectrum, n).square())
+        return product
 
     spectrum = torch.fft.rfft(u) * keep
     for _ in range(steps):
@@ -56,7 +57,7 @@ def solve(u: Tensor, viscosity: float, step: float, steps: int) -> Tensor:
         fourth = rate(half * (half * spectrum + step * third))
         rates = half.square() * first + 2 * half * (second + third) + fourth
         spectrum = half.square() * spectrum + step / 6 * rates
-    out = torch.fft.irfft(spectrum, n)
+    out: Tensor = torch.fft.irfft(spectrum, n)
     if not torch.isfinite(out).all():
         raise ValueError(f"the solution is no longer finite with steps of {step:g}; allowed: less")
     return out

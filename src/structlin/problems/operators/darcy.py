@@ -1,9 +1,9 @@
 """Darcy flow through a square of two materials, by finite volumes and conjugate gradients, many squares at once.
 
-``-div(a grad u) = 1`` on ``[0, 1]^2`` with ``u = 0`` on the sides, where ``a`` is 12 or 3, as in Li et al. 2021, section
-5.2: the operator to learn takes ``a`` to ``u``. Between two nodes ``a`` is their harmonic mean, so the flow through a
-jump is right. The gradients are preconditioned by the exact inverse of the Laplacian, a product with sine matrices, after
-which the condition number is at most ``max a / min a``: some tens of iterations, whatever the grid.
+``-div(a grad u) = 1`` on ``[0, 1]^2`` with ``u = 0`` on the sides, where ``a`` is 12 or 3, as in Li et al. 2021,
+section 5.2: the operator to learn takes ``a`` to ``u``. Between two nodes ``a`` is their harmonic mean, so the flow
+through a jump is right. The gradients are preconditioned by the exact inverse of the Laplacian, a product with sine
+matrices, after which the condition number is at most ``max a / min a``: some tens of iterations, whatever the grid.
 """
 
 from __future__ import annotations

@@ -111,7 +111,14 @@ class FNO(Stepper):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], times: int, width: int, modes: int, depth: int, learned: bool = False, pad: int = 0
+        self,
+        shape: tuple[int, ...],
+        times: int,
+        width: int,
+        modes: int,
+        depth: int,
+        learned: bool = False,
+        pad: int = 0,
     ) -> None:
         super().__init__()
         self.shape, self.pad = shape, pad
@@ -127,7 +134,11 @@ class FNO(Stepper):
 
     def prepare(self) -> list[Tensor]:
         """The matrices of all layers."""
-        return [matrix for layer in self.spectral for matrix in layer.matrices()]
+        found: list[Tensor] = []
+        for layer in self.spectral:
+            assert isinstance(layer, SpectralConv)
+            found += layer.matrices()
+        return found
 
     def step(self, window: Tensor, *prepared: Tensor) -> Tensor:
         """See `Stepper`."""

@@ -3,8 +3,8 @@
 The equation is ``dw/dt + u . grad w = viscosity Laplacian w + f`` on ``[0, 1)^2`` with ``div u = 0``, as in Li et al.
 2021, section 5.3. Products are formed on the grid and freed of aliases by the 2/3 rule. A step has the three stages of
 Spalart, Moser and Rogers 1991: third-order Runge-Kutta for advection, Crank-Nicolson for viscosity, so that only
-advection limits the step. Advection is taken as ``(dxx - dyy)(uv) + dxy(v^2 - u^2)``, which needs two transforms in each
-direction and no gradient of ``w``.
+advection limits the step. Advection is taken as ``(dxx - dyy)(uv) + dxy(v^2 - u^2)``, which needs two transforms in
+each direction and no gradient of ``w``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def evolve(
     def rate(spectrum: Tensor) -> Tensor:
         u, v = torch.fft.irfft2(to_velocity * spectrum[:, None], s=(n, n)).unbind(1)
         products = torch.stack([u * v, (v - u) * (v + u)], 1)
-        return (to_rate * torch.fft.rfft2(products)).sum(1).add_(constant)
+        found: Tensor = (to_rate * torch.fft.rfft2(products)).sum(1).add_(constant)
+        return found
 
     decay = [viscosity * step * (g + z) / 2 * square for g, z in zip(GAMMA, ZETA, strict=True)]
     spectrum = torch.fft.rfft2(w) * keep

@@ -28,7 +28,8 @@ def draw(window: Tensor, truth: Tensor, found: Tensor, recipe: OperatorRecipe, p
     figure = _lines(window, truth, found) if truth.dim() == 2 else _maps(truth, found, recipe)
     error = float((found - truth).norm() / truth.norm())
     figure.suptitle(f"{recipe.model} on {recipe.equation}, a test sample: relative L2 error {error:.4f}", fontsize=11)
-    FigureCanvasAgg(figure).print_png(str(path))
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(str(path))
 
 
 def _maps(truth: Tensor, found: Tensor, recipe: OperatorRecipe) -> Figure:

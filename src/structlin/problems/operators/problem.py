@@ -7,7 +7,6 @@ whole; the others predict all times from the first ones, as the error is measure
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from functools import lru_cache
@@ -89,7 +88,7 @@ class OperatorProblem(Problem):
             starts.append(draw.randrange(r.horizon - r.short + 1) if early else 0)
         return self._windows(torch.tensor(chosen), torch.tensor(starts), r.short if early else r.horizon)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean of the relative L2 errors of all predicted times; only the model's step is compiled."""
         window, truth = batch
@@ -110,8 +109,11 @@ class OperatorProblem(Problem):
         """Truth, prediction and error of a test sample at some of its times."""
         from .picture import draw
 
-        window, truth = self._windows(torch.tensor([0]), torch.tensor([0]), self.recipe.horizon)
-        draw(window[0].cpu(), truth[0].cpu(), model(window, self.recipe.horizon)[0].float().cpu(), self.recipe, path)
+        # as many samples as in other calls, so that nothing is compiled for one
+        samples = torch.arange(min(self.recipe.batch, self.recipe.test_samples))
+        window, truth = self._windows(samples, torch.zeros_like(samples), self.recipe.horizon)
+        found: Tensor = model(window, self.recipe.horizon)
+        draw(window[0].cpu(), truth[0].cpu(), found[0].cpu(), self.recipe, path)
 
     def _windows(self, samples: Tensor, starts: Tensor, horizon: int) -> Batch:
         """History and ``horizon`` times after it, of each of ``samples`` from its start on."""

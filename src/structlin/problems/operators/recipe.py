@@ -29,7 +29,7 @@ class OperatorRecipe(ProblemRecipe):
     times: int = setting(50, "times that are kept of a solution")
     history: int = setting(10, "of these, the first that are given; the others are predicted")
     samples: int = setting(1000, "solutions to train on")
-    valid_samples: int = setting(40, "solutions to validate on")
+    valid_samples: int = setting(50, "solutions to validate on")
     test_samples: int = setting(200, "solutions to test on")
     data_seed: int = setting(0, "of the solutions")
     cache: str = setting("runs/cache", "folder for solutions")
@@ -59,7 +59,10 @@ class OperatorRecipe(ProblemRecipe):
         if self.data:
             yield "--data", f"{self.data[0]} is given; allowed: nothing, the solutions are computed"
         if self.history >= self.times:
-            yield "--history", f"{self.history} is given; allowed: 1 to {self.times - 1}, as there are {self.times} times"
+            yield (
+                "--history",
+                f"{self.history} is given; allowed: 1 to {self.times - 1}, as there are {self.times} times",
+            )
         elif self.short > self.horizon:
             yield "--short", f"{self.short} is given; allowed: 1 to {self.horizon}"
         if self.equation != "navier_stokes" and self.times != 2:
@@ -101,4 +104,7 @@ class OperatorRecipe(ProblemRecipe):
         if 2 * self.modes > length:
             yield "--modes", f"{self.modes} is given; allowed: 1 to {length // 2}, half of the points"
         if self.model == "monarch_no" and (length < 4 or all(length % n for n in range(2, int(length**0.5) + 1))):
-            yield "--pad", f"{self.pad} makes an axis of {length} points; allowed for monarch_no: a number that is no prime"
+            yield (
+                "--pad",
+                f"{self.pad} makes an axis of {length} points; allowed for monarch_no: a number that is no prime",
+            )

@@ -38,5 +38,5 @@ class Stepper(nn.Module, ABC):
 
 def relative_l2(found: Tensor, truth: Tensor) -> Tensor:
     """Norm of the error over the norm of the truth, ``[batch]``, over all other dimensions of both."""
-    error = (found - truth).flatten(1).norm(dim=1)
-    return error / truth.flatten(1).norm(dim=1)
+    error: Tensor = (found - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    return error
