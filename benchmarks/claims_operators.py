@@ -11,8 +11,8 @@ from structlin.report import records
 
 TITLE = "Operators of differential equations"
 INTRO = (
-    "Navier-Stokes vorticity on 64x64 points from our own solver, 1000 solutions to train on, 10 times given and the rest "
-    "predicted up to time 50, 30 and 20 at viscosities 1e-3, 1e-4 and 1e-5; relative L2 error on 200 test solutions, "
+    "Navier-Stokes vorticity on 64x64 points from our own solver, 1000 solutions to train on, 10 times given and the "
+    "rest predicted up to time 50, 30 and 20 at viscosities 1e-3, 1e-4 and 1e-5; relative L2 error on 200 test ones, "
     "mean and half of the range over seeds. A claim that one model has less error than another is reproduced where the "
     "share that is saved is at least the published one."
 )

@@ -49,7 +49,7 @@ def recipe(model: str, flow: str, seed: int, options: argparse.Namespace) -> Ope
     found = recipes.find(f"{'tiny_' if options.smoke else ''}{model}_navier_stokes")
     assert isinstance(found, OperatorRecipe)
     fields = FLOWS[flow] | (SMOKE if options.smoke else {})
-    for name in ("steps", "batch", "lr", "compile", "short_share"):
+    for name in ("steps", "batch", "lr", "compile", "short_share", "transform_lr"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     cache = str(Path(options.folder) / "cache")
@@ -100,8 +100,10 @@ def run(made: OperatorRecipe, options: argparse.Namespace, command: str, end: fl
     if made.name.endswith("-1e-3-s0") and (folder / "picture.png").exists():
         shutil.copyfile(folder / "picture.png", Path(options.out).with_name(f"operators-{made.model}.png"))
     if record["status"] == "ok":
-        print(f"{made.name}: test relative L2 {record['metrics']['test_relative_l2']:.4f} after "
-              f"{record['metrics']['train_seconds']:.0f} s, {parts['real_params']:,} parameters", flush=True)  # fmt: skip
+        error, seconds = record["metrics"]["test_relative_l2"], record["metrics"]["train_seconds"]
+        print(
+            f"{made.name}: test relative L2 {error:.4f}, {seconds:.0f} s, {parts['real_params']:,} numbers", flush=True
+        )
     return {**record, "metrics": {**record["metrics"], **parts}}
 
 
@@ -150,6 +152,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, help="samples of an update of every run")
     add("--lr", type=float, help="peak learning rate of every run")
     add("--short-share", type=float, help="share of the updates that predict few times, of every run")
+    add("--transform-lr", type=float, help="of every run of monarch_no")
     add("--compile", help="mode of torch.compile, or none, of every run")
     add("--precision", default="high", choices=["highest", "high"], help="of products in float32; high is TF32")
     add("--device", default="auto")

@@ -73,6 +73,11 @@ class OperatorProblem(Problem):
         """Structures for the pointwise layers."""
         return chosen(self.recipe, LAYERS)
 
+    def rates(self) -> dict[str, float]:
+        """Learned transforms start as the right ones, so they move less."""
+        globs = ("spectral.*.forth.*", "spectral.*.back.*") if self.recipe.model == "monarch_no" else ()
+        return dict.fromkeys(globs, self.recipe.transform_lr)
+
     def to(self, device: torch.device) -> None:
         """Keep all solutions there."""
         self.series = self.series.to(device)

@@ -38,6 +38,7 @@ class OperatorRecipe(ProblemRecipe):
     width: int = setting(20, "its channels")
     modes: int = setting(12, "of each axis, that a layer of fno or monarch_no keeps")
     depth: int = setting(4, "layers of fno or monarch_no")
+    transform_lr: float = setting(0.1, "multiplies the learning rate of the transforms of monarch_no")
     pad: int = setting(0, "points added to each axis for fno and monarch_no")
     short: int = setting(5, "times predicted in the first updates, from anywhere in a solution")
     short_share: float = setting(0.5, "share of the updates that are such")
@@ -50,7 +51,7 @@ class OperatorRecipe(ProblemRecipe):
             return 0, 1, "0 to 1"
         if name == "time_step":
             return 1e-9, 1, "positive numbers up to 1"
-        if name in ("viscosity", "initial_variance"):
+        if name in ("viscosity", "initial_variance", "transform_lr"):
             return 1e-300, 1e300, "positive numbers"
         return super().bounds(name)
 
