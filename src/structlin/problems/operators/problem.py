@@ -124,9 +124,9 @@ class OperatorProblem(Problem):
         """History and ``horizon`` times after it, of each of ``samples`` from its start on."""
         history = self.recipe.history
         times = starts[:, None] + torch.arange(history + horizon)
-        device = self.series.device
-        found = self.series[samples[:, None].to(device), times.to(device)].movedim(1, -1).contiguous()
-        return found[..., :history], found[..., history:]
+        places = (part.to(self.series.device, non_blocking=True) for part in (samples[:, None], times))
+        found = self.series[tuple(places)].movedim(1, -1)
+        return found[..., :history].contiguous(), found[..., history:].contiguous()
 
     def _errors(self, model: nn.Module, first: int, end: int) -> tuple[float, float, float]:
         """Relative L2 errors: mean over times, of all times at once, of the last; means over samples."""
