@@ -48,24 +48,24 @@ def test_a_field_has_its_covariance() -> None:
     # power of the wave (1, 2), of which a sample has the real part
     spectrum = torch.fft.fft2(samples)[:, 1, 2].abs().square().mean() / 16**4
     assert spectrum.item() == pytest.approx(powers[8, 9].item(), rel=0.15)
-    line = fields.torus_1d(2000, 32, 0, 625.0, 25.0, 2.0).square().mean().item()
+    line = fields.torus_1d(1000, 32, 0, 625.0, 25.0, 2.0).square().mean().item()
     assert line == pytest.approx(sum(2 * 625 * (4 * math.pi**2 * k * k + 25) ** -2 for k in range(1, 16)), rel=0.1)
 
 
 def test_a_field_is_the_same_function_on_every_grid_and_for_every_count() -> None:
-    coarse, fine = (navier_stokes.initial(3, points, 5, 343.0) for points in (72, 144))
+    coarse, fine = (navier_stokes.initial(3, points, 5, 343.0) for points in (66, 132))
     torch.testing.assert_close(fine[:, ::2, ::2], coarse)
-    torch.testing.assert_close(navier_stokes.initial(1, 72, 5, 343.0), coarse[:1])
-    assert distance(navier_stokes.initial(3, 72, 6, 343.0), coarse) > 0.5
+    torch.testing.assert_close(navier_stokes.initial(1, 66, 5, 343.0), coarse[:1])
+    assert distance(navier_stokes.initial(3, 66, 6, 343.0), coarse) > 0.5
 
 
 def test_materials_have_no_flow_through_the_sides_and_fill_half_of_the_square() -> None:
-    field = fields.square_2d(200, 65, 0, 9.0, 2.0)
+    field = fields.square_2d(50, 65, 0, 9.0, 2.0)
     slope = (field[:, 1] - field[:, 0]).square().mean() / (field[:, 33] - field[:, 32]).square().mean()
     assert slope < 0.5
-    a = darcy.coefficient(200, 65, 0)
+    a = darcy.coefficient(50, 65, 0)
     assert set(a.unique().tolist()) == {3.0, 12.0}
-    assert a.mean().item() == pytest.approx(7.5, abs=0.5)
+    assert a.mean().item() == pytest.approx(7.5, abs=0.7)
 
 
 # Navier-Stokes
