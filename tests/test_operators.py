@@ -183,9 +183,11 @@ def test_structures_go_into_the_pointwise_layers(cache: Path) -> None:
         ({"modes": 9}, "--modes: 9 is given; allowed: 1 to 8"),
         ({"pad": 1, "model": "monarch_no"}, "--pad: 1 makes an axis of 17 points"),
         ({"model": "unet", "resolution": 12, "grid": 24}, "--model: unet is given for navier_stokes"),
+        ({"model": "unet", "structure": "btt"}, "--structure: btt is given; allowed for unet"),
         ({"equation": "burgers"}, "--times: 7 is given; allowed for burgers: 2"),
         ({"equation": "darcy", "times": 2, "history": 1, "short": 1, "grid": 32}, "--grid: 32 .* 1 \\+ mult"),
         ({"short_share": 1.5}, "--short-share: 1.5 is given; allowed: 0 to 1"),
+        ({"time_step": 0.0}, "--time-step: 0.0 is given; allowed: positive numbers up to 1"),
         ({"viscosity": 0.0}, "--viscosity: 0.0 is given; allowed: positive"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -193,6 +195,19 @@ def test_structures_go_into_the_pointwise_layers(cache: Path) -> None:
 def test_a_bad_field_is_refused_before_anything_is_computed(fields: dict[str, Any], message: str, cache: Path) -> None:
     with pytest.raises(OptionError, match=message):
         recipe("tiny_fno_navier_stokes", cache, **fields)
+
+
+def test_solutions_that_cannot_be_computed_or_read_are_a_matter_of_options(tmp_path: Path) -> None:
+    wild = recipe("tiny_fno_navier_stokes", tmp_path, time_step=1.0, times=50, viscosity=1e-6, initial_variance=1e8)
+    with pytest.raises(OptionError, match="no longer finite"):
+        wild.problem()
+    assert not list(tmp_path.iterdir())
+    made = recipe("tiny_burgers", tmp_path)
+    made.problem()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"nothing")
+    with pytest.raises(OptionError, match=f"{file.name} cannot be used .* delete it"):
+        made.problem()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it

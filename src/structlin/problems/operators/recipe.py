@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ...train.config import OptionError
 from ...train.settings import setting
 from ..problem import Problem, ProblemRecipe
 
@@ -74,16 +75,23 @@ class OperatorRecipe(ProblemRecipe):
             yield "--grid", f"{self.grid} is given; allowed: 1 + multiples of {self.resolution - 1}"
         elif self.equation != "darcy" and self.grid % self.resolution:
             yield "--grid", f"{self.grid} is given; allowed: multiples of {self.resolution}"
-        if abs(round(1 / self.time_step) * self.time_step - 1) > 1e-6:
+        if 1e-9 <= self.time_step <= 1 and abs(round(1 / self.time_step) * self.time_step - 1) > 1e-6:
             near = 1 / round(1 / self.time_step)
             yield "--time-step", f"{self.time_step} is given; allowed: 1 / a whole number, as {near:g}"
         yield from self._problems_of_the_model()
 
     def problem(self) -> Problem:
-        """The problem, with its solutions computed or read."""
+        """The problem, with its solutions computed or read.
+
+        Raises:
+            OptionError: for a step of the solver that is too large, or a file of solutions that cannot be read.
+        """
         from .problem import OperatorProblem
 
-        return OperatorProblem(self)
+        try:
+            return OperatorProblem(self)
+        except ValueError as error:
+            raise OptionError("--time-step, --cache", str(error)) from None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,6 +108,8 @@ class OperatorRecipe(ProblemRecipe):
             if self.equation != "navier_stokes" or self.resolution % 8:
                 yield "--model", (f"unet is given for {self.equation} at a resolution of {self.resolution}; "
                                   "allowed: navier_stokes at a multiple of 8")  # fmt: skip
+            if self.structure != "dense":
+                yield "--structure", f"{self.structure} is given; allowed for unet, which has no linear layer: dense"
             return
         length = self.resolution + self.pad
         if 2 * self.modes > length:
