@@ -60,7 +60,8 @@ def saves(better: str, worse: str, flow: str) -> Callable[[], Finding]:
         saved, published = (
             1 - a / b for a, b in ((mean(low), mean(high)), (PUBLISHED[better][flow], PUBLISHED[worse][flow]))
         )
-        words = f"{NAMES[better]} {said(low)}, {NAMES[worse]} {said(high)}: {saved:.0%} less"
+        direction = "less" if saved > 0 else "more"
+        words = f"{NAMES[better]} {said(low)}, {NAMES[worse]} {said(high)}: {abs(saved):.0%} {direction}"
         return words, saved >= published
 
     return measure
