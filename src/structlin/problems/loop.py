@@ -108,7 +108,7 @@ class Run:
         self.conversion = to_structured_(self.model, problem.rules(), init=recipe.init)
         self.model.to(device).train()
         problem.to(device)
-        groups = param_groups(self.model, recipe.lr, recipe.weight_decay)
+        groups = param_groups(self.model, recipe.lr, recipe.weight_decay, multipliers=problem.rates())
         fused = not any(parameter.is_complex() for parameter in self.model.parameters())
         betas = recipe.beta1, recipe.beta2
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=recipe.eps, fused=fused, foreach=not fused)

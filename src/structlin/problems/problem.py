@@ -52,6 +52,10 @@ class Problem(ABC):
     def rules(self) -> dict[str, Spec | None]:
         """What `to_structured_` is given; `chosen` makes it in most problems."""
 
+    def rates(self) -> dict[str, float]:
+        """Globs over module names, and what the learning rate is multiplied by there; see `param_groups`."""
+        return {}
+
     def to(self, device: torch.device) -> None:
         """Keep the data on ``device`` from now on, where that is worth it."""
         return

@@ -8,40 +8,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from inspect import isfunction
+from types import ModuleType
+from typing import Any
 
 from ..problems import ProblemRecipe
 from ..train.config import OptionError
 from ..train.recipe import Recipe
 from ..train.settings import Settings
-from .gpt2 import gpt2_medium, gpt2_small, tiny_gpt2
-from .llama import llama_like, tiny_llama
-from .opt import opt125m, opt350m, tiny_opt
-from .pythia import pythia160m, tiny_pythia
-from .vision import (
-    mixer_cifar10,
-    mixer_tiny_imagenet,
-    mnist_mlp,
-    tiny_mixer,
-    tiny_mnist,
-    tiny_vit,
-    vit_cifar10,
-    vit_tiny_imagenet,
-)  # fmt: skip
+from . import gpt2, llama, operators, opt, pythia, vision
 
-LANGUAGE: dict[str, Callable[[], Recipe]] = {
-    make.__name__: make
-    for make in (
-        opt125m, opt350m, pythia160m, gpt2_small, gpt2_medium, llama_like, tiny_opt, tiny_pythia, tiny_gpt2, tiny_llama
-    )
-}  # fmt: skip
+
+def _made_in(*modules: ModuleType) -> dict[str, Any]:
+    """The recipes of modules by name: every public function that stands there makes one."""
+    return {
+        name: make
+        for module in modules
+        for name, make in vars(module).items()
+        if isfunction(make) and make.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+LANGUAGE: dict[str, Callable[[], Recipe]] = _made_in(opt, pythia, gpt2, llama)
 """Those of language models by name."""
 
-PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {
-    make.__name__: make
-    for make in (
-        vit_cifar10, mixer_cifar10, mnist_mlp, vit_tiny_imagenet, mixer_tiny_imagenet, tiny_vit, tiny_mixer, tiny_mnist
-    )
-}  # fmt: skip
+PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = _made_in(vision, operators)
 """Those of other problems by name."""
 
 RECIPES: dict[str, Callable[[], Settings]] = {**LANGUAGE, **PROBLEMS}
