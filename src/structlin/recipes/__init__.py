@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..train.config import OptionError
 from ..train.recipe import Recipe
+from .bert import bert_base, bert_large, tiny_bert
 from .gpt2 import gpt2_medium, gpt2_small, tiny_gpt2
 from .llama import llama_like, tiny_llama
 from .opt import opt125m, opt350m, tiny_opt
@@ -19,7 +20,8 @@ from .pythia import pythia160m, tiny_pythia
 RECIPES: dict[str, Callable[[], Recipe]] = {
     make.__name__: make
     for make in (
-        opt125m, opt350m, pythia160m, gpt2_small, gpt2_medium, llama_like, tiny_opt, tiny_pythia, tiny_gpt2, tiny_llama
+        opt125m, opt350m, pythia160m, gpt2_small, gpt2_medium, llama_like, bert_base, bert_large, tiny_opt,
+        tiny_pythia, tiny_gpt2, tiny_llama, tiny_bert,
     )
 }  # fmt: skip
 """Every recipe by name."""

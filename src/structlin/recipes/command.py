@@ -92,9 +92,11 @@ def summary(record: Any, folder: Path) -> str:
     if record["status"] == "failed":
         return f"{record['name']}: failed: {record['error']}\n{folder}: record.json"
     metrics = record["metrics"]
+    bits = metrics["bits_per_byte"]
+    unit = "per hidden token" if bits is None else f"{bits:.4f} bits per byte"
     return (
         f"{record['name']}, {record['config']['structure']}: validation loss {metrics['valid_loss']:.4f} "
-        f"({metrics['bits_per_byte']:.4f} bits per byte) after {metrics['tokens']:,} tokens, "
+        f"({unit}) after {metrics['tokens']:,} tokens, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['model_params']:,} parameters\n"
         f"{folder}: run.json, record.json, tokenizer.json, model, checkpoints"
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .config import OptionError
 
-Architecture = Literal["opt", "gpt2", "gpt_neox", "llama"]
+Architecture = Literal["opt", "gpt2", "gpt_neox", "llama", "bert"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 ELSEWHERE = ("device", "cache", "trackers", "log_every")
@@ -29,7 +29,7 @@ def _field(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One pretraining run of a decoder. Lengths are in tokens, batches in windows of ``context`` tokens.
+    """One pretraining run of a decoder, or of an encoder (bert). Lengths are in tokens, batches in windows of ``context`` tokens.
 
     Raises:
         OptionError: one message with every field that does not fit.
@@ -48,6 +48,7 @@ class Recipe:
     tied: bool = _field(True, "whether embedding and output share their matrix")
     dropout: float = _field(0.0, "share of activations dropped in training")
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
+    masked: float = _field(0.15, "bert: share of the tokens of a window that are hidden and predicted")
 
     structure: str = _field(
         "dense",
@@ -185,6 +186,10 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield option(name), f"is for {only}; the architecture is {recipe.architecture}"
     if recipe.kv_heads and recipe.heads % recipe.kv_heads:
         yield "--kv-heads", f"{recipe.kv_heads} does not divide the {recipe.heads} heads"
+    if recipe.architecture == "bert" and not recipe.tied:
+        yield "--tied", "false is given; bert has one matrix for embedding and output, allowed: true"
+    if recipe.architecture == "bert" and recipe.context == 1:
+        yield "--context", "1 is given; allowed for bert: 2 or more, the first is [CLS]"
     if recipe.lm_head != "dense" and recipe.tied:
         yield "--lm-head", f"{recipe.lm_head} cannot be tied to the embedding; give --tied false too"
     if recipe.method != "scratch" and recipe.structure == "dense":
@@ -198,7 +203,7 @@ def _range(name: str) -> tuple[float, float, str]:
         return 0, 2**63 - 1, "0 or more"
     if name in ("dropout", "warmup", "final_lr", "beta1", "beta2", "valid_share"):
         return 0, 1 - 1e-9, "0 to below 1"
-    if name in ("switch", "guided"):
+    if name in ("switch", "guided", "masked"):
         return 1e-9, 1 - 1e-9, "between 0 and 1"
     if name in ("lr", "embedding_lr", "eps", "clip", "peak_flops"):
         return 1e-300, 1e300, "positive numbers"
