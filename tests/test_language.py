@@ -18,7 +18,7 @@ import pytest
 from structlin import recipes
 from structlin.report import records
 from structlin.train import model as models
-from structlin.train.recipe import override
+from structlin.train.settings import override
 
 ROOT = Path(__file__).parents[1]
 

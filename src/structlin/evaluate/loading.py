@@ -92,7 +92,7 @@ def _names(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                yield from file.keys()  # noqa: SIM118, not a dict
+                yield from file.keys()
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 

@@ -1,6 +1,7 @@
 """The layers, their initialisation, and the projection of dense weights onto them."""
 
 from .explain import explain
+from .fourier import MonarchFourier
 from .gated import GatedSum
 from .kinds import StructuredConv1d, StructuredConv2d
 from .linear import StructuredLinear
@@ -16,6 +17,7 @@ __all__ = [
     "GatedSum",
     "Load",
     "MoEFFN",
+    "MonarchFourier",
     "RoutedLinear",
     "Router",
     "StructuredConv1d",

@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019), on which Monarch (Dao et al. 2022) is published: masked tokens are predicted, and nothing
 else.
 
-As in MosaicBERT (Portes et al. 2023) there is no next-sentence objective, all windows have 128 tokens, and the optimizer
-is AdamW; Monarch's own runs used LAMB and very large batches.
+As in MosaicBERT (Portes et al. 2023) there is no next-sentence objective, all windows have 128 tokens, and the
+optimizer is AdamW; Monarch's own runs used LAMB and very large batches.
 """
 
 from __future__ import annotations

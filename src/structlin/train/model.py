@@ -58,7 +58,8 @@ class LanguageModel(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar, over int64 ``windows`` ``[batch, context + 1]``.
 
-        For bert ``windows`` are the batches of `structlin.train.masked`, and the mean is over the chosen places. In training with what `routing_loss` adds, where layers are mixtures of experts.
+        For bert ``windows`` are the batches of `structlin.train.masked`, and the mean is over the chosen places.
+        In training with what `routing_loss` adds, where layers are mixtures of experts.
         """
         return self._loss(self.model, windows)
 
