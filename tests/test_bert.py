@@ -94,7 +94,7 @@ def test_masks_follow_from_seed_and_step_alone() -> None:
 
 def test_validation_masks_are_those_of_every_run(data: Path) -> None:
     given = {"data": (str(data / "prose.jsonl"),), "cache": str(data / "cache")}
-    found = [loop._windows(one, prepare(one))[1] for one in (recipe(**given), recipe(**given, seed=1, lr=1e-2))]
+    found = [loop.batches(one, prepare(one))[1] for one in (recipe(**given), recipe(**given, seed=1, lr=1e-2))]
     assert torch.equal(*found)
     assert found[0].shape[1] == 64 + 2 * 10
 

@@ -69,7 +69,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         engine = Engine(recipe, tokens.vocabulary, accelerator)
         accelerator.init_trackers("structlin", {name: str(value) for name, value in recipe.to_dict().items()})
         progress = checkpoints.resume(folder, engine, say)
-        windows, valid = _windows(recipe, tokens)
+        windows, valid = batches(recipe, tokens)
 
         def fetch(step: int) -> Any:
             return engine.rows(windows.batch(step, recipe.batch))
@@ -98,7 +98,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
     return record
 
 
-def _windows(recipe: Recipe, tokens: Tokens) -> tuple[Windows | MaskedWindows, Tensor]:
+def batches(recipe: Recipe, tokens: Tokens) -> tuple[Windows | MaskedWindows, Tensor]:
     """What training reads, and the batch that validation reads."""
     windows = Windows(tokens.train, recipe.context, recipe.seed)
     valid = spread(tokens.valid, recipe.valid_windows, recipe.context)
