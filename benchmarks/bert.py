@@ -260,7 +260,8 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, keep: Any) 
 
 def small(record: Record, command: str) -> Record:
     """A record without what says where something lies on this machine, its curves thinned."""
-    config = {name: value for name, value in record["config"].items() if name not in HERE}
+    here = HERE if record["kind"] == "train" else ()
+    config = {name: value for name, value in record["config"].items() if name not in here}
     if "text" in config:
         config["text"] = {part: config["text"][part] for part in ("train", "valid")}
     series = {name: thinned(values) for name, values in record.get("series", {}).items()}

@@ -12,7 +12,8 @@ from structlin.report import records
 from structlin.report.records import Record
 
 TITLE = "BERT"
-INTRO = "Masked tokens only, no next-sentence objective; BERT-base on one text, two seeds, then GLUE tasks. [train.md](train.md#bert) has the recipe, `benchmarks/bert.py` all runs."
+INTRO = """Masked tokens only, no next-sentence objective; BERT-base on one text, two seeds, then GLUE tasks.
+[train.md](train.md#bert) has the recipe, `benchmarks/bert.py` all runs."""
 SWITCH = 0.7  # share of the updates before the switch to dense weights, as published
 TASKS = ("sst2", "mrpc", "cola", "rte")
 PATH = Path(__file__).resolve().parents[1] / "results" / "bert-h200.json"
