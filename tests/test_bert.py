@@ -150,7 +150,7 @@ def test_a_tokenizer_needs_the_tokens_of_an_encoder(data: Path, tmp_path: Path, 
     common = ["train", "tiny_bert", "--data", str(data / "prose.jsonl"), "--cache", str(tmp_path), "--device", "cpu"]
     assert cli.main([*common, "--tokenizer", str(tmp_path / "bare.json"), "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert "--tokenizer: has no [PAD], [CLS], [MASK]; allowed for bert: a tokenizer.json with [PAD]" in said
+    assert "error: --tokenizer: has no [PAD], [CLS], [MASK]; allowed for bert: a tokenizer.json with [PAD]" in said
     assert not (tmp_path / "run").exists()
 
 

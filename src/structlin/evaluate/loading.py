@@ -51,9 +51,9 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         name = ("AutoModelForMaskedLM" if headed else "AutoModel") if body else "AutoModelForCausalLM"
         auto = getattr(transformers, name)
         if (folder / checkpoint.STRUCTURES).is_file():
-            for name in ("quantization_config", "transformers_weights"):  # for transformers, which loads no such folder
-                if hasattr(config, name):
-                    delattr(config, name)
+            for entry in ("quantization_config", "transformers_weights"):  # structures.json says the same
+                if hasattr(config, entry):
+                    delattr(config, entry)
             model = auto.from_config(config, dtype=torch.float32)
         else:
             model = _pretrained(auto, folder)

@@ -69,6 +69,8 @@ def prepare(recipe: Recipe) -> Tokens:
         if not folder.exists():
             _write(folder, text, held_out, tokenizer, recipe.valid_share, ends)
         meta = _checked(folder)
+    except OptionError:
+        raise
     except ValueError as error:
         raise OptionError("--data", str(error)) from None
     train, valid = (_mapped(folder / f"{part}.bin", meta["dtype"]) for part in PARTS)
