@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,17 @@ def test_a_run_is_projected_and_tuned_by_commands(data: Path, runs: dict[str, Pa
         assert record["config"]["structures"] == structures
         tuned = transformers.AutoModelForSequenceClassification.from_pretrained(kept)
         assert sum(isinstance(layer, StructuredLinear) for layer in tuned.modules()) == sum(structures.values())
+
+
+def test_the_runs_of_the_benchmark_fit_their_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    jobs = importlib.import_module("bert").plan(smoke=False, steps=100)
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) == 6 + 2 + 8
+    for job in jobs:
+        assert (job.after in names) == (not job.recipe)
+        if job.recipe:
+            one = override(find(job.recipe), {name: str(value) for name, value in job.fields.items()})
+            assert isinstance(one, Recipe)
+            if job.name.startswith(("scratch-s0", "large-scratch")):
+                models.check(one)
