@@ -67,7 +67,10 @@ def classifier(pretrained: nn.Module, labels: int, pad: int) -> nn.Module:
     config = copy.deepcopy(source.config)
     config.num_labels, config.pad_token_id = labels, pad
     model: Any = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    setattr(model, model.base_model_prefix, source.base_model)
+    body = source.base_model
+    if getattr(body, "pooler", True) is None:  # no pretraining of masked tokens has one; it belongs to the fresh head
+        body.pooler = model.base_model.pooler
+    setattr(model, model.base_model_prefix, body)
     found: nn.Module = model
     return found
 

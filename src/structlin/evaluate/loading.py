@@ -7,10 +7,12 @@ by ``save_pretrained`` or ``structlin convert``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import checkpoint
@@ -25,7 +27,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         folder: holds ``config.json``, and ``model.safetensors`` with ``structures.json`` or weights of transformers.
         device: where to put it.
         dtype: "float32" or "bfloat16", of all weights.
-        body: load it without a head, as encoders (BERT) are loaded; it gives hidden states.
+        body: load it without a head, as encoders (BERT) are loaded; it gives hidden states. One that was trained
+            as a masked language model has no pooler then.
 
     Raises:
         ValueError: for a folder without these files, a config that transformers does not know, weights that do not fit
@@ -40,12 +43,17 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         raise ValueError(f"{folder} has no config.json; allowed: folders of a transformers config and its weights")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no weights; allowed: safetensors")
-    auto = transformers.AutoModel if body else transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if not body and _encodes(config):
             raise ValueError(f"{folder} holds an encoder ({config.model_type}); allowed: causal language models")
+        headed = body and _is_masked(folder, config)
+        name = ("AutoModelForMaskedLM" if headed else "AutoModel") if body else "AutoModelForCausalLM"
+        auto = getattr(transformers, name)
         if (folder / checkpoint.STRUCTURES).is_file():
+            for entry in ("quantization_config", "transformers_weights"):  # structures.json says the same
+                if hasattr(config, entry):
+                    delattr(config, entry)
             model = auto.from_config(config, dtype=torch.float32)
         else:
             model = _pretrained(auto, folder)
@@ -53,6 +61,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32", body: 
         raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
     if (folder / checkpoint.STRUCTURES).is_file():
         checkpoint.load(model, folder)
+    model = model.base_model if headed else model
     model.config.use_cache = False
     found: nn.Module = model.to(device=device, dtype=DTYPES[dtype]).eval()
     return found
@@ -69,6 +78,23 @@ def is_encoder(folder: Path) -> bool:
         return _encodes(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no config.json that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _is_masked(folder: Path, config: Any) -> bool:
+    """Whether the weights of an encoder are those of a masked language model, without the pooler of its body."""
+    return not any("pooler." in name for name in _names(folder)) and any(
+        name.endswith("ForMaskedLM") for name in config.architectures or ()
+    )
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Names of the tensors in a folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from file.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _encodes(config: Any) -> bool:

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint import STRUCTURES
 from ..conversion import Conversion
 from ..nn import StructuredLinear
 from ..nn.kinds import kind_of
@@ -279,7 +280,7 @@ def _digest(inputs: Mapping[str, Tensor]) -> str:
 def _finish(folder: Path, source: Path, config: dict[str, Any]) -> None:
     """The other files of the model: its configuration, and those of tokenizer and generation as they are."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in OTHERS and path.name not in (INDEX, "config.json"):
+        if path.is_file() and path.suffix in OTHERS and path.name not in (INDEX, STRUCTURES, "config.json"):
             shutil.copyfile(path, folder / path.name)
     write_bytes(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     guard(folder / "config.json")

@@ -117,9 +117,11 @@ def summary(record: Any, folder: Path) -> str:
         return f"{record['name']}: failed: {record['error']}\n{folder}: record.json"
     metrics, structure = record["metrics"], record["config"]["structure"]
     if "tokens_per_second" in metrics:
+        bits = metrics["bits_per_byte"]
+        unit = "per hidden token" if bits is None else f"{bits:.4f} bits per byte"
         said = (
-            f"validation loss {metrics['valid_loss']:.4f} ({metrics['bits_per_byte']:.4f} bits per byte) after "
-            f"{metrics['tokens']:,} tokens, {metrics['tokens_per_second']:,.0f} tokens/s"
+            f"validation loss {metrics['valid_loss']:.4f} ({unit}) after {metrics['tokens']:,} tokens, "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s"
         )
         files = "run.json, record.json, tokenizer.json, model, checkpoints"
     else:

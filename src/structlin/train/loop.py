@@ -21,11 +21,12 @@ from .. import checkpoint
 from ..machine import provenance
 from ..report import records
 from ..report.records import Record
-from . import checkpoints, model
+from . import checkpoints, masked, model
 from .blame import blame
 from .checkpoints import Progress
 from .engine import Engine, accelerator_for
 from .folder import RUN, check_writable, claim, finished, locked
+from .masked import MaskedWindows
 from .monitor import Monitor, Say, check_trackers
 from .recipe import Recipe
 from .tokens import Tokens, prepare
@@ -68,8 +69,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         engine = Engine(recipe, tokens.vocabulary, accelerator)
         accelerator.init_trackers("structlin", {name: str(value) for name, value in recipe.to_dict().items()})
         progress = checkpoints.resume(folder, engine, say)
-        windows = Windows(tokens.train, recipe.context, recipe.seed)
-        valid = spread(tokens.valid, recipe.valid_windows, recipe.context)
+        windows, valid = batches(recipe, tokens)
 
         def fetch(step: int) -> Any:
             return engine.rows(windows.batch(step, recipe.batch))
@@ -86,6 +86,16 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             _write(folder, record, engine, tokens)
         accelerator.end_training()
     return record
+
+
+def batches(recipe: Recipe, tokens: Tokens) -> tuple[Windows | MaskedWindows, Tensor]:
+    """What training reads, and the batch that validation reads."""
+    windows = Windows(tokens.train, recipe.context, recipe.seed)
+    valid = spread(tokens.valid, recipe.valid_windows, recipe.context)
+    if recipe.architecture != "bert":
+        return windows, valid
+    masking = masked.masking(recipe, masked.hf_tokenizer(recipe, tokens.tokenizer))
+    return MaskedWindows(windows, masking), masking(valid, *masked.VALIDATION)
 
 
 def _updates(engine: Engine, monitor: Monitor, fetch: Any, valid: Tensor, folder: Path | None) -> None:
@@ -111,7 +121,7 @@ def _updates(engine: Engine, monitor: Monitor, fetch: Any, valid: Tensor, folder
 
 
 def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
-    """The trained decoder of a finished run, on the CPU, the JSON of its tokenizer, and its recipe.
+    """The trained model of a finished run, on the CPU, the JSON of its tokenizer, and its recipe.
 
     Raises:
         ValueError: for a folder without a finished run.
@@ -138,11 +148,25 @@ def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None
     """
     if record["status"] == "ok":
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
-        config: Any = engine.model.config
         checkpoint.save(model.portable(engine.model), folder / MODEL)
-        (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+        _write_config(engine.model, folder / MODEL / "config.json")
+        if engine.recipe.architecture == "bert":
+            masked.hf_tokenizer(engine.recipe, tokens.tokenizer).save_pretrained(folder / MODEL)
         (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
     records.write(folder / RECORD, [record])
+
+
+def _write_config(trained: Any, path: Path) -> None:
+    """The configuration, with the structures in it, so that transformers loads the folder after importing
+    `structlin.hf`."""
+    from ..hf.quantizer import describe
+    from ..hf.saving import guard
+
+    trained.config.architectures = [type(trained).__name__]
+    if not model.routers(trained) and (structures := describe(trained)) is not None:  # it cannot load routers
+        trained.config.quantization_config = structures
+    path.write_text(trained.config.to_json_string(), encoding="utf-8")
+    guard(path)
 
 
 def _due(recipe: Recipe, name: str, done: int) -> bool:
@@ -171,6 +195,7 @@ def _record(
     speed = seen / progress.seconds if progress.seconds else None
     valid = tokens.about["valid"]
     loss = last["valid_loss"]
+    whole = None if recipe.architecture == "bert" else loss  # that of chosen tokens says nothing about a whole text
     metrics: dict[str, float | int | None] = {
         "swapped_params": sum(swap.params for swap in engine.conversion),
         "model_params": sum(parameter.numel() for parameter in engine.model.parameters()),
@@ -183,7 +208,7 @@ def _record(
         "peak_flops": monitor.peak,
         "train_loss": last["train_loss"],
         "valid_loss": loss,
-        "bits_per_byte": None if loss is None else loss / math.log(2) * valid["tokens"] / valid["bytes"],
+        "bits_per_byte": None if whole is None else whole / math.log(2) * valid["tokens"] / valid["bytes"],
         "peak_memory_bytes": progress.peak_memory,
     }
     where = provenance(command, recipe.seed, engine.device)

@@ -1,4 +1,4 @@
-"""From a recipe to a model: a decoder of transformers made from its configuration, with structured layers in place.
+"""From a recipe to a model of transformers made from its configuration, with structured layers in place.
 
 The dense model is built first, from the seed, so layers that stay dense have the same weights whatever replaces the
 others. Nothing is downloaded.
@@ -19,6 +19,7 @@ from ..nn import Router, routing_loss
 from ..optim import param_groups
 from ..spec import Spec, parse
 from ..surgery import to_structured_
+from . import masked
 from .config import OptionError
 from .recipe import Recipe
 from .standard import is_standard, mix_
@@ -28,19 +29,25 @@ BLOCKS = {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
     "llama": "model.layers",
+    "bert": "bert.encoder.layer",
 }
 HEADS = {"gpt_neox": "embed_out"}  # elsewhere lm_head
-MLP = {"opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",)}
+MLP = {
+    "opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",),
+    "bert": ("*.intermediate.dense", "*.output.dense"),
+}  # fmt: skip
+ATTENTION = {"bert": "*.attention.*"}
+"""Layers of attention whose names fit the globs of the MLP."""
 
 CAUSAL = "structlin_causal"
-"""Attention over whole windows, always by the causal kernel: compiled, transformers would write out a mask."""
+"""Attention over whole windows, by the causal kernel in a decoder: compiled, transformers would write out a mask."""
 
 
 class LanguageModel(nn.Module):
-    """A decoder and its loss as one module, so that autocast, compilation and sharding see a scalar come out.
+    """A model and its loss as one module, so that autocast, compilation and sharding see a scalar come out.
 
     Attributes:
-        model: the decoder of transformers.
+        model: of transformers.
     """
 
     def __init__(self, model: nn.Module, mode: str = "none") -> None:
@@ -51,6 +58,7 @@ class LanguageModel(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar, over int64 ``windows`` ``[batch, context + 1]``.
 
+        For bert ``windows`` are the batches of `structlin.train.masked`, and the mean is over the chosen places.
         In training with what `routing_loss` adds, where layers are mixtures of experts.
         """
         return self._loss(self.model, windows)
@@ -58,6 +66,8 @@ class LanguageModel(nn.Module):
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
     """What `LanguageModel` computes, not compiled."""
+    if model.config.model_type == "bert":  # type: ignore[union-attr]
+        return masked.loss(model, windows)
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     found = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
     return found + routing_loss(model) if model.training and routers(model) else found
@@ -69,7 +79,7 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -> tuple[nn.Module, Conversion]:
-    """The decoder of a recipe with new float32 weights, and what was swapped in it.
+    """The model of a recipe with new float32 weights, and what was swapped in it.
 
     Args:
         recipe: sizes, structure, layers and seed.
@@ -102,7 +112,7 @@ def check(recipe: Recipe) -> None:
 
 
 def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
-    """The decoder before conversion, with the standard mixture in place of its MLPs if the recipe says so.
+    """The model before conversion, with the standard mixture in place of its MLPs if the recipe says so.
 
     Every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
 
@@ -111,12 +121,13 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
         vocabulary: as for `build`.
         attention: of transformers; the default is for whole windows, "sdpa" takes padded batches too.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
-    from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+    auto = AutoModelForMaskedLM if recipe.architecture == "bert" else AutoModelForCausalLM
+    from_config: Callable[..., nn.Module] = auto.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
     model = _linearised(model)
     return (mix_(recipe, model) if is_standard(recipe) else model).train()
@@ -145,6 +156,8 @@ def configuration(recipe: Recipe, vocabulary: int) -> Any:
                      "attention_dropout": recipe.dropout},
         "llama": {**sizes, "intermediate_size": recipe.mlp_width, "num_key_value_heads": recipe.kv_heads,
                   "attention_dropout": recipe.dropout},
+        "bert": {**sizes, "intermediate_size": recipe.mlp_width, "hidden_dropout_prob": recipe.dropout,
+                 "attention_probs_dropout_prob": recipe.dropout},
     }  # fmt: skip
     return AutoConfig.for_model(recipe.architecture, **common, **own[recipe.architecture])
 
@@ -165,8 +178,14 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
 def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
     """Forward FLOPs per token of the linear layers and of attention over the mean causal length; training costs thrice.
 
-    Norms, activations and lookups are left out.
+    Norms, activations and lookups are left out. In bert attention has the whole length, and the head runs for the
+    chosen tokens only.
     """
+    if recipe.architecture == "bert":
+        head = linear_flops(model.get_submodule("cls")) * masked.count(recipe) / recipe.context
+        return (
+            round(linear_flops(model.get_submodule("bert")) + head) + recipe.depth * 4 * recipe.width * recipe.context
+        )
     return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
 
 
@@ -179,6 +198,8 @@ def _rules(recipe: Recipe) -> dict[str, Spec | None]:
         blocks = BLOCKS[recipe.architecture]
         known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
         chosen = known.get(recipe.layers, tuple(recipe.layers.split()))
+        if recipe.layers == "mlp" and recipe.architecture in ATTENTION:
+            rules[f"{blocks}.{ATTENTION[recipe.architecture]}"] = None
         rules |= dict.fromkeys(chosen, _spec("--structure", recipe.structure))
     return rules
 

@@ -1,4 +1,4 @@
-"""A pretraining run of a language model as one frozen value: what every run has, and the sizes and text of a decoder.
+"""A pretraining run of a language model as one frozen value: what every run has, and the sizes and text of a model.
 
 A recipe is made by a Python function of `structlin.recipes`.
 """
@@ -11,12 +11,14 @@ from typing import ClassVar, Literal
 
 from .settings import Settings, option, setting
 
-Architecture = Literal["opt", "gpt2", "gpt_neox", "llama"]
+Architecture = Literal["opt", "gpt2", "gpt_neox", "llama", "bert"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
-    """One pretraining run of a decoder. Lengths are in tokens, batches in windows of ``context`` tokens.
+    """One pretraining run of a decoder, or of an encoder (bert).
+
+    Lengths are in tokens, batches in windows of ``context`` tokens.
 
     Raises:
         OptionError: one message with every field that does not fit.
@@ -36,6 +38,7 @@ class Recipe(Settings):
     tied: bool = setting(True, "whether embedding and output share their matrix")
     dropout: float = setting(0.0, "share of activations dropped in training")
     context: int = setting(1024, "tokens of a window, and rows of a table of positions")
+    masked: float = setting(0.15, "bert: share of the tokens of a window that are hidden and predicted")
 
     structure: str = setting(
         "dense",
@@ -74,6 +77,10 @@ class Recipe(Settings):
                 yield option(name), f"is for {only}; the architecture is {self.architecture}"
         if self.kv_heads and self.heads % self.kv_heads:
             yield "--kv-heads", f"{self.kv_heads} does not divide the {self.heads} heads"
+        if self.architecture == "bert" and not self.tied:
+            yield "--tied", "false is given; bert has one matrix for embedding and output, allowed: true"
+        if self.architecture == "bert" and self.context == 1:
+            yield "--context", "1 is given; allowed for bert: 2 or more, since the first token is [CLS]"
         if self.lm_head != "dense" and self.tied:
             yield "--lm-head", f"{self.lm_head} cannot be tied to the embedding; give --tied false too"
         if self.method != "scratch" and self.structure == "dense":
@@ -85,7 +92,7 @@ class Recipe(Settings):
         """Least and largest value of a number, and how to say so."""
         if name in ("dropout", "valid_share"):
             return 0, 1 - 1e-9, "0 to below 1"
-        if name in ("switch", "guided"):
+        if name in ("switch", "guided", "masked"):
             return 1e-9, 1 - 1e-9, "between 0 and 1"
         if name in ("embedding_lr", "peak_flops"):
             return 1e-300, 1e300, "positive numbers"

@@ -22,6 +22,7 @@ import numpy as np
 from ..report.records import write_bytes
 from .config import OptionError
 from .documents import Piece, Source, given, sources
+from .masked import SPECIAL
 from .recipe import Recipe
 
 FORMAT = 1
@@ -62,11 +63,14 @@ def prepare(recipe: Recipe) -> Tokens:
     try:
         tokenizer = _tokenizer(recipe, text)
         split: Any = [source.identity for source in held_out] or recipe.valid_share
-        key = _hash([FORMAT, [source.identity for source in text], split, tokenizer])
+        ends = (SPECIAL["sep_token"],) if recipe.architecture == "bert" else ENDS
+        key = _hash([FORMAT, [source.identity for source in text], split, tokenizer, ends])
         folder = Path(recipe.cache) / f"tokens-{key[:16]}"
         if not folder.exists():
-            _write(folder, text, held_out, tokenizer, recipe.valid_share)
+            _write(folder, text, held_out, tokenizer, recipe.valid_share, ends)
         meta = _checked(folder)
+    except OptionError:
+        raise
     except ValueError as error:
         raise OptionError("--data", str(error)) from None
     train, valid = (_mapped(folder / f"{part}.bin", meta["dtype"]) for part in PARTS)
@@ -86,48 +90,68 @@ def _mapped(path: Path, dtype: str) -> Array:
 
 def _tokenizer(recipe: Recipe, text: Sequence[Source]) -> str:
     """The JSON of the tokenizer that is given, or of one trained on the text."""
+    encodes = recipe.architecture == "bert"
     if recipe.tokenizer is not None:
         path = Path(recipe.tokenizer)
         try:
             data = path.read_bytes()
             found = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
-            _load(found)
+            codec = _load(found)
         except (OSError, lzma.LZMAError, ValueError) as error:
             raise OptionError("--tokenizer", f"{path}: {error}; allowed: a tokenizer.json, also as .xz") from None
-        return found
-    key = _hash([FORMAT, [source.identity for source in text], recipe.vocabulary])
+        return _templated(codec) if encodes else found
+    special = list(SPECIAL.values()) if encodes else [ENDS[0]]
+    key = _hash([FORMAT, [source.identity for source in text], recipe.vocabulary, *(special if encodes else ())])
     path = Path(recipe.cache) / f"tokenizer-{key[:16]}.json"
     if not path.exists():
-        write_bytes(path, _train(text, recipe.vocabulary).encode())
+        codec = _train(text, recipe.vocabulary, special)
+        write_bytes(path, (_templated(codec) if encodes else str(codec.to_str())).encode())
     return path.read_text(encoding="utf-8")
 
 
-def _train(text: Sequence[Source], vocabulary: int) -> str:
-    """A byte-level BPE with ``vocabulary`` entries, as GPT-2's."""
+def _templated(codec: Any) -> str:
+    """The JSON of an encoder's tokenizer, which puts [CLS] and [SEP] around texts, if it did not already."""
+    if missing := [token for token in SPECIAL.values() if codec.token_to_id(token) is None]:
+        raise OptionError("--tokenizer", f"has no {', '.join(missing)}; allowed for bert: a tokenizer.json with "
+                          f"{', '.join(SPECIAL.values())}, or none, and one is trained on the text")  # fmt: skip
+    from tokenizers.processors import TemplateProcessing
+
+    cls, sep = SPECIAL["cls_token"], SPECIAL["sep_token"]
+    if codec.encode("a").tokens[0] != cls:
+        ids = [(token, codec.token_to_id(token)) for token in (cls, sep)]
+        single = f"{cls} $A {sep}"
+        codec.post_processor = TemplateProcessing(single=single, pair=f"{single} $B {sep}", special_tokens=ids)
+    return str(codec.to_str())
+
+
+def _train(text: Sequence[Source], vocabulary: int, special: list[str]) -> Any:
+    """A byte-level BPE with ``vocabulary`` entries, as GPT-2's; ``special`` are the first of them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocabulary <= len(alphabet) + 1:
-        least = len(alphabet) + 2  # all bytes, and the end of a document
+    if vocabulary <= len(alphabet) + len(special):
+        least = len(alphabet) + len(special) + 1  # all bytes, and the end of a document
         raise OptionError("--vocabulary", f"{vocabulary} is given; allowed: {least} or more")
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[ENDS[0]], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator((piece for piece, _ in _all(text)), trainer)
-    return str(tokenizer.to_str())
+    return tokenizer
 
 
-def _write(folder: Path, text: Sequence[Source], held_out: Sequence[Source], tokenizer: str, share: float) -> None:
-    """Tokenise everything into ``folder``, which is there as a whole or not at all."""
+def _write(
+    folder: Path, text: Sequence[Source], held_out: Sequence[Source], tokenizer: str, share: float, named: Sequence[str]
+) -> None:
+    """Tokenise everything into ``folder``, which is there as a whole or not at all; ``named`` end documents."""
     codec = _load(tokenizer)
     size = codec.get_vocab_size()
     dtype = "uint16" if size <= 1 << 16 else "uint32"
-    ends = next((codec.token_to_id(token) for token in ENDS if codec.token_to_id(token) is not None), None)
+    ends = next((codec.token_to_id(token) for token in named if codec.token_to_id(token) is not None), None)
     if ends is None:
-        raise OptionError("--tokenizer", f"has no token that ends a document; allowed: one with {' or '.join(ENDS)}")
+        raise OptionError("--tokenizer", f"has no token that ends a document; allowed: one with {' or '.join(named)}")
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
