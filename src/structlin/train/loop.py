@@ -127,10 +127,13 @@ def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None
     Configuration and tokenizer lie beside the weights, so that ``structlin eval`` reads the folder.
     """
     if record["status"] == "ok":
+        from ..hf.attention import keep_attention
+
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
         config: Any = engine.model.config
         checkpoint.save(model.portable(engine.model), folder / MODEL)
         (folder / MODEL / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+        keep_attention(config, folder / MODEL / "config.json")
         (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
     records.write(folder / RECORD, [record])
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..conversion import Conversion
 from ..models.flops import linear_flops
 from ..nn import Router, routing_loss
+from ..nn.pixelated import PixelatedAttention
 from ..optim import param_groups
 from ..spec import Spec, parse
 from ..surgery import to_structured_
@@ -118,6 +119,10 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
     from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
+    if recipe.attention != "dense":
+        from ..hf import pixelate_attention_
+
+        pixelate_attention_(model, recipe.attention)
     model = _linearised(model)
     return (mix_(recipe, model) if is_standard(recipe) else model).train()
 
@@ -163,11 +168,15 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
 
 
 def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
-    """Forward FLOPs per token of the linear layers and of attention over the mean causal length; training costs thrice.
+    """Forward FLOPs per token of the linear layers and of attention over the mean number of keys; training costs thrice.
 
     Norms, activations and lookups are left out.
     """
-    return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
+    cost = PixelatedAttention.parse("pixelated" if recipe.attention == "dense" else recipe.attention).cost(
+        recipe.context
+    )
+    pairs = cost.dense_pairs if recipe.attention == "dense" else cost.pairs
+    return linear_flops(model) + recipe.depth * 4 * recipe.width * pairs // recipe.context
 
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:

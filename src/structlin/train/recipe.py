@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..nn.pixelated import PixelatedAttention
 from .config import OptionError
 
 Architecture = Literal["opt", "gpt2", "gpt_neox", "llama"]
@@ -49,6 +50,9 @@ class Recipe:
     dropout: float = _field(0.0, "share of activations dropped in training")
     context: int = _field(1024, "tokens of a window, and rows of a table of positions")
 
+    attention: str = _field(
+        "dense", "which keys a query sees: dense, or as pixelated:block_size=64:nfactors=3:nglobal=1"
+    )
     structure: str = _field(
         "dense",
         "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is, and "
@@ -187,10 +191,25 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "--kv-heads", f"{recipe.kv_heads} does not divide the {recipe.heads} heads"
     if recipe.lm_head != "dense" and recipe.tied:
         yield "--lm-head", f"{recipe.lm_head} cannot be tied to the embedding; give --tied false too"
+    yield from _attention_problems(recipe)
     if recipe.method != "scratch" and recipe.structure == "dense":
         yield "--method", f"{recipe.method} needs a structure; give --structure, as dyad:nblocks=4"
     if unknown := set(recipe.trackers) - {"tensorboard", "trackio", "wandb"}:
         yield "--trackers", f"{', '.join(sorted(unknown))} is unknown; allowed: tensorboard, trackio, wandb"
+
+
+def _attention_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.attention == "dense":
+        return
+    try:
+        spec = PixelatedAttention.parse(recipe.attention)
+    except ValueError as error:
+        yield "--attention", f"{error}, or dense"
+        return
+    if not spec.causal:
+        yield "--attention", f"{recipe.attention} is given; allowed: causal=true, as the models are decoders"
+    if recipe.dropout:
+        yield "--dropout", f"{recipe.dropout} is given; allowed with {recipe.attention}: 0"
 
 
 def _range(name: str) -> tuple[float, float, str]:
