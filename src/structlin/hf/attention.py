@@ -22,6 +22,9 @@ from ..report.records import write_bytes
 
 ATTENTION = "structlin_pixelated"
 """What ``attn_implementation`` is called."""
+WHOLE = f"{ATTENTION}_whole"
+"""The same for whole sequences without padding or a cache, as in training under torch.compile: there transformers
+cannot look up whether sequences are packed, and asks for a mask as if they were."""
 SETTING = "structlin_attention"
 """Name of the entry in the config that holds the spec."""
 UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sliding_window", "output_attentions")
@@ -30,9 +33,11 @@ _parsed: dict[str, PixelatedAttention] = {}
 
 
 def register() -> None:
-    """Make `ATTENTION` known to transformers; a second call changes nothing."""
+    """Make `ATTENTION` and `WHOLE` known to transformers; a second call changes nothing."""
     AttentionInterface.register(ATTENTION, pixelated_attention_forward)
     AttentionMaskInterface.register(ATTENTION, pixelated_mask)
+    AttentionInterface.register(WHOLE, pixelated_attention_forward)
+    AttentionMaskInterface.register(WHOLE, whole_mask)
 
 
 def pixelate_attention_(model: PreTrainedModel, spec: PixelatedAttention | str) -> PreTrainedModel:
@@ -127,7 +132,7 @@ def pixelated_mask(
     if not causal and mask_function is not bidirectional_mask_function:
         raise ValueError(
             f"{spec} is given, and the model masks in its own way; allowed: plain causal or full attention, and one "
-            "sequence in a row, with position_ids that count up"
+            f"sequence in a row, with position_ids that count up; compiled code has to use {WHOLE} or an attention_mask"
         )
     if causal != spec.causal:
         raise ValueError(f"{spec} is given, and the model attends with causal={str(causal).lower()}; allowed: the same")
@@ -146,6 +151,19 @@ def pixelated_mask(
         seen = spec.sees((queries - first)[:, None, :, None], (keys - first)[:, None, None, :])
         seen = seen & padding[:, None, None, :]
     return seen.view(torch.uint8)
+
+
+def whole_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any) -> None:
+    """The mask of `WHOLE`: none, as every layer makes it.
+
+    Raises:
+        ValueError: where there is an ``attention_mask``, or a cache.
+    """
+    if attention_mask is not None or q_length != kv_length:
+        what = "a cache" if attention_mask is None else "an attention_mask"
+        raise ValueError(
+            f"{what} is given; allowed with {WHOLE}: whole sequences without padding; {ATTENTION} takes all"
+        )
 
 
 def _on_the_right(padding: Tensor) -> bool:
@@ -215,7 +233,7 @@ def pixelated_attention_forward(
 
 def is_pixelated(config: Any) -> bool:
     """Whether the model of this config runs this attention."""
-    return getattr(config, "_attn_implementation", None) == ATTENTION
+    return getattr(config, "_attn_implementation", None) in (ATTENTION, WHOLE)
 
 
 def keep_attention(config: Any, path: Path) -> None:

@@ -108,7 +108,7 @@ class PixelatedAttention:
             ValueError: for another name, parameters that are unknown, given twice or not ``name=value``, a bad value.
         """
         name, *parts = text.strip().split(":")
-        known = [field.name for field in dataclasses.fields(PixelatedAttention)]
+        known = list(PixelatedAttention.__annotations__)
         if name != NAME:
             raise ValueError(f"{text!r} is no attention; allowed: {NAME}, as {PixelatedAttention()}")
         values: dict[str, Any] = {}

@@ -117,12 +117,14 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
 
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
-    from_config: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+    from_config: Any = AutoModelForCausalLM.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
     if recipe.attention != "dense":
-        from ..hf import pixelate_attention_
+        from ..hf.attention import WHOLE, pixelate_attention_
 
         pixelate_attention_(model, recipe.attention)
+        if attention == CAUSAL:
+            model.set_attn_implementation(WHOLE)
     model = _linearised(model)
     return (mix_(recipe, model) if is_standard(recipe) else model).train()
 
@@ -168,7 +170,7 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
 
 
 def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
-    """Forward FLOPs per token of the linear layers and of attention over the mean number of keys; training costs thrice.
+    """Forward FLOPs per token of the linear layers and of attention over the keys that are seen; training costs thrice.
 
     Norms, activations and lookups are left out.
     """
