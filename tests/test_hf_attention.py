@@ -1,4 +1,4 @@
-"""Pixelated attention in models of transformers: the numbers of a softmax, also with a cache or padding, or an error."""
+"""Pixelated attention in models of transformers: the numbers of a softmax, with a cache or padding too, or errors."""
 
 from __future__ import annotations
 
