@@ -201,7 +201,7 @@ def quality(name: str, setting: str, data: Path, smoke: bool) -> records.Record:
     """A short run of ``structlin train``, its record without the curve's every point."""
     from structlin.recipes import find
     from structlin.train.loop import train
-    from structlin.train.recipe import override
+    from structlin.train.settings import override
 
     fields: dict[str, Any] = {"attention": setting, "embedding_lr": "8", "data": [str(data)], "valid_share": "0.05"}
     if smoke:

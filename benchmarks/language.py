@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from structlin import recipes  # noqa: E402
 from structlin.report import records as store  # noqa: E402
 from structlin.report.records import Record  # noqa: E402
-from structlin.train.recipe import ELSEWHERE, option, override  # noqa: E402
+from structlin.train.settings import ELSEWHERE, option, override  # noqa: E402
 from structlin.train.tokens import prepare  # noqa: E402
 
 START = {"train": 65.0, "eval": 100.0, "glue": 70.0}  # seconds beside the training steps

@@ -25,7 +25,7 @@ from structlin.testing import assert_close
 from structlin.train import loop
 from structlin.train import model as models
 from structlin.train.config import OptionError
-from structlin.train.recipe import override
+from structlin.train.settings import override
 
 every_model = pytest.mark.parametrize("name", MODELS)
 every_decoder = pytest.mark.parametrize("name", DECODERS)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import structlin as sl
 from structlin import analysis
 from structlin.ops import backends_on
+from structlin.ops.lowering import REVISION, program
 from structlin.testing import assert_close, compiles_whole, inputs, make, plain
 
 # one factor; two with a relayout between; a free axis; a sum with one; a chain of three
@@ -462,3 +463,18 @@ def test_compiled_where_relayouts_are_views():
     """At a prime width a digit has size 1; an operator may return no view of its input, and says so by a warning."""
     for pad in (False, True):
         compiles_whole(sl.TensorTrain(cores=2, rank=3, pad=pad), (24 - pad, 13), "cpu")
+
+
+def test_compiled_code_is_kept_by_the_source_of_its_operators():
+    """PyTorch's compile caches go by what was traced, so that has to say which source the operator was."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4), backend="bmm")
+    x = torch.randn(3, 16)
+    assert torch.equal(torch.compile(layer, backend=keep, fullgraph=True)(x), layer(x))
+    assert REVISION in graphs[0]
+    assert program(layer._program.text + REVISION).text == layer._program.text

@@ -13,14 +13,15 @@ from torch import nn
 
 from structlin import StructuredLinear, analysis, cli, load
 from structlin.evaluate.loading import load_model
-from structlin.recipes import RECIPES, find
+from structlin.recipes import LANGUAGE, RECIPES, find
 from structlin.report import records
 from structlin.train import loop
 from structlin.train import model as models
 from structlin.train.config import OptionError
-from structlin.train.recipe import Recipe, kinds, option, override
+from structlin.train.recipe import Recipe
+from structlin.train.settings import kinds, option, override
 
-TINY = [name for name in RECIPES if name.startswith("tiny_")]
+TINY = [name for name in LANGUAGE if name.startswith("tiny_")]
 # as published, with the published vocabulary and 1024 positions; OPT has two more rows of positions
 SIZES = {
     "opt125m": (50272, 125_239_296 - 1024 * 768),
@@ -51,7 +52,7 @@ def prose(tmp_path: Path) -> Path:
 # recipes
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_a_recipe_is_its_json_and_has_its_name(name: str) -> None:
     recipe = find(name)
     assert recipe.name == name
@@ -285,4 +286,4 @@ def test_bad_options_are_one_line_and_leave_nothing(
 def test_every_field_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--help") == 0
     text = capsys.readouterr().out
-    assert all(option(name) in text for name in kinds())
+    assert all(option(name) in text for name in kinds(Recipe))

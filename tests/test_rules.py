@@ -51,6 +51,7 @@ LAYERS = (
     ),
     ("",),
     ("models", "train", "bench", "evaluate", "hf"),
+    ("problems",),
     ("recipes", "search"),
     ("report",),
     ("scaling", "advise"),

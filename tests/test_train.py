@@ -330,7 +330,7 @@ def test_text_that_changes_is_noticed(tiny: Recipe, tmp_path: Path, text: Path) 
     with pytest.raises(StopError):
         run(recipe, tmp_path / "run", stop_at(6))
     mine.write_text(mine.read_text(encoding="utf-8").replace("the", "teh", 1), encoding="utf-8")
-    with pytest.raises(OptionError, match="--data: the text or its tokenizer has changed since the run"):
+    with pytest.raises(OptionError, match="--data: the data have changed since the run"):
         run(recipe, tmp_path / "run")
 
 

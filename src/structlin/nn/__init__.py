@@ -2,6 +2,7 @@
 
 from .attention import pixelated_attention
 from .explain import explain
+from .fourier import MonarchFourier
 from .gated import GatedSum
 from .kinds import StructuredConv1d, StructuredConv2d
 from .linear import StructuredLinear
@@ -18,6 +19,7 @@ __all__ = [
     "GatedSum",
     "Load",
     "MoEFFN",
+    "MonarchFourier",
     "PixelatedAttention",
     "RoutedLinear",
     "Router",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .contract import autocast, contract, refuse_transforms, seen_through
 from .lookup import collect, gather
-from .lowering import Program, program
+from .lowering import REVISION, Program, program
 from .moves import kernels_on
 from .schedule import Product, Steps, add, gradient_widths, multiply_then, saved_widths, schedule
 from .traced import apart, check_shapes, fake_backward, fake_forward, fake_input_backward, fake_inputs, fake_last
@@ -57,7 +57,7 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = T
     if x.is_complex() or not what.in_place or seen_through():
         return compose(x, factors, what)
     if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(x, factors, what.text, keep, kernels)
+        result: Tensor = _forward_op(x, factors, what.text + REVISION, keep, kernels)
         return result
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         y: Tensor = _Multiply.apply(what, False, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]

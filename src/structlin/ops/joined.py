@@ -26,7 +26,7 @@ from torch import Tensor
 from . import chain
 from .contract import autocast, seen_through
 from .equation import parse
-from .lowering import Chain, Permutation, Program, program
+from .lowering import REVISION, Chain, Permutation, Program, program
 from .moves import has_triton, relayout
 
 _library = torch.library.Library("structlin", "FRAGMENT")
@@ -164,7 +164,7 @@ def multiply(x: Tensor, factors: Sequence[Tensor], how: Joined, keep: bool = Tru
     weight = torch.cat([factor.reshape(how.factor) for factor in factors], 2 if how.of_input else 1)
     ops = (_join_op, _unjoin_op, _rejoined_op) if torch.compiler.is_compiling() else _EAGER
     join, unjoin, rejoined = ops
-    text = how.whole.text
+    text = how.whole.text + (REVISION if torch.compiler.is_compiling() else "")
     if not how.of_input:
         return unjoin(chain.multiply(x, [weight], how.inner), text)
     return chain.multiply(join(x, text), [weight], how.inner) if keep else rejoined(x, weight, text)

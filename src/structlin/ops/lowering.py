@@ -19,9 +19,11 @@ Where a table looks up the input or adds up the output, it stands before or afte
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from pathlib import Path
 
 from ..plan import TOKENS, Axes, Plan, Step, Table, Term, num_blocks
 from .equation import parse
@@ -53,6 +55,18 @@ class Chain:
     collect: Table | None
     in_features: int
     out_features: int
+
+
+def _revision() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f" # {digest.hexdigest()[:12]}"
+
+
+REVISION = _revision()
+"""What follows a program in compiled code. PyTorch keeps compiled code on disk by what it traced, which is an operator
+and this text, not what the operator does; so the text says which source it was."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ def plan_of(what: Program, kept: tuple[int, int] | None = None) -> Plan:
 
 @cache
 def program(text: str) -> Program:
-    """Read a line that `lower` wrote."""
+    """Read a line that `lower` wrote; `REVISION` after it is left out."""
+    text = text.partition(" # ")[0]
     head, _, body = text.partition(": ")
     sizes = {axis: int(size) for axis, _, size in (part.partition("=") for part in head.split())}
     chains = tuple(_read(chain.split("; "), sizes) for chain in body.split(" + "))

@@ -1,17 +1,23 @@
-"""The folder of a run: writable before anything starts, and held by one process at a time."""
+"""The folder of a run: writable before anything starts, held by one process at a time, and of one run only."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ..report import records
+from ..report.records import Record
 from .config import OptionError
+from .settings import ELSEWHERE
 
-LOCK = ".lock"
+FORMAT = 1
+LOCK, RUN = ".lock", "run.json"
 
 
 def check_writable(folder: Path) -> None:
@@ -42,3 +48,57 @@ def locked(folder: Path) -> Iterator[None]:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             raise OptionError("--out", f"{folder} {'is in use by another run' if busy else error.strerror}") from None
         yield
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """See that ``folder`` holds this run or none, and write down that it holds this one, as ``run.json``.
+
+    Args:
+        folder: of the run.
+        run: its "command", "recipe" (all fields) and "data" (what identifies them), and whatever else; JSON-ready.
+
+    Raises:
+        OptionError: where it holds another run, or one on other data.
+    """
+    now = {"format": FORMAT, **run}
+    try:
+        before = json.loads((folder / RUN).read_bytes())
+    except FileNotFoundError:
+        before = now
+    except ValueError:
+        before = {}
+    if before.get("format") != FORMAT:
+        raise OptionError("--out", f"{folder / RUN} is not of a run of this version; choose another folder")
+    changed = [
+        f"{name} ({before['recipe'].get(name)!r} there, {value!r} here)"
+        for name, value in now["recipe"].items()
+        if before["recipe"].get(name) != value and name not in ELSEWHERE
+    ]
+    if changed:
+        raise OptionError("--out", f"{folder} holds a run with another {', '.join(changed)}; choose another folder")
+    if (_hashes(before["data"]) or before["data"]) != (_hashes(now["data"]) or now["data"]):
+        said = f"the data have changed since the run in {folder} began; bring them back, or choose another folder"
+        raise OptionError("--data", said)
+    records.write_bytes(folder / RUN, (json.dumps(now, indent=1) + "\n").encode())
+
+
+def finished(path: Path) -> Record | None:
+    """The record at ``path`` of a run that ended well, if it is there.
+
+    Raises:
+        OptionError: for a damaged file.
+    """
+    try:
+        (record,) = records.read(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise OptionError("--out", f"{error}; remove that file or choose another folder") from None
+    return record if record["status"] == "ok" else None
+
+
+def _hashes(data: Any) -> list[str]:
+    """Every ``sha256`` in ``data``, at any depth."""
+    if not isinstance(data, dict):
+        return []
+    return [h for name, part in data.items() for h in ([part] if name == "sha256" else _hashes(part))]

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..machine import provenance
@@ -24,17 +24,15 @@ from ..report.records import Record
 from . import checkpoints, model
 from .blame import blame
 from .checkpoints import Progress
-from .config import OptionError
 from .engine import Engine, accelerator_for
-from .folder import check_writable, locked
+from .folder import RUN, check_writable, claim, finished, locked
 from .monitor import Monitor, Say, check_trackers
-from .recipe import ELSEWHERE, Recipe
+from .recipe import Recipe
 from .tokens import Tokens, prepare
 from .windows import Windows, ahead, spread
 from .worker import DivergedError
 
-FORMAT = 1
-RUN, TOKENIZER, MODEL, RECORD = "run.json", "tokenizer.json", "model", "record.json"
+TOKENIZER, MODEL, RECORD = "tokenizer.json", "model", "record.json"
 PACKAGES = ("transformers", "accelerate", "tokenizers")
 
 
@@ -65,7 +63,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         if main:
             _claim(folder, recipe, tokens, command)
         accelerator.wait_for_everyone()
-        if (done := _finished(folder)) is not None:
+        if (done := finished(folder / RECORD)) is not None:
             return done
         engine = Engine(recipe, tokens.vocabulary, accelerator)
         accelerator.init_trackers("structlin", {name: str(value) for name, value in recipe.to_dict().items()})
@@ -80,17 +78,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         monitor = Monitor(engine, progress, say)
         error = None
         try:
-            for step, batch in enumerate(ahead(fetch, progress.step, recipe.steps, engine.device), progress.step):
-                engine.update(batch, step)
-                now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
-                if now:
-                    monitor.read(step + 1)
-                if "valid" in now:
-                    monitor.validated(engine.evaluate(valid))
-                if "checkpoint" in now and main:
-                    checkpoints.save(folder, progress, engine)
-                if now - {"log"}:
-                    monitor.start()
+            _updates(engine, monitor, fetch, valid, folder if main else None)
         except DivergedError as failure:
             error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
         record = _record(recipe, tokens, engine, monitor, command, error)
@@ -98,6 +86,28 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             _write(folder, record, engine, tokens)
         accelerator.end_training()
     return record
+
+
+def _updates(engine: Engine, monitor: Monitor, fetch: Any, valid: Tensor, folder: Path | None) -> None:
+    """All updates that are left, with validations, and checkpoints below ``folder``."""
+    recipe, progress = engine.recipe, monitor.progress
+    for step, batch in enumerate(ahead(fetch, progress.step, recipe.steps, engine.device), progress.step):
+        if engine.switches(step):
+            if monitor.last < step:
+                monitor.read(step)
+            engine.densify()
+            engine.warm_up(batch)
+            monitor.start()
+        engine.update(batch, step)
+        now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
+        if now:
+            monitor.read(step + 1)
+        if "valid" in now:
+            monitor.validated(engine.evaluate(valid))
+        if "checkpoint" in now and folder:
+            checkpoints.save(folder, progress, engine)
+        if now - {"log"}:
+            monitor.start()
 
 
 def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
@@ -143,45 +153,9 @@ def _due(recipe: Recipe, name: str, done: int) -> bool:
 
 
 def _claim(folder: Path, recipe: Recipe, tokens: Tokens, command: str) -> None:
-    """See that ``folder`` holds this run or none, and write down that it holds this one."""
-    now: dict[str, Any] = {
-        "format": FORMAT,
-        "command": command,
-        "recipe": recipe.to_dict(),
-        "vocabulary": tokens.vocabulary,
-    }
-    now["data"] = tokens.about
-    try:
-        before = json.loads((folder / RUN).read_bytes())
-    except FileNotFoundError:
-        before = now
-    except ValueError:
-        before = {}
-    if before.get("format") != FORMAT:
-        raise OptionError("--out", f"{folder / RUN} is not of a run of this version; choose another folder")
-    changed = [
-        f"{name} ({before['recipe'].get(name)!r} there, {value!r} here)"
-        for name, value in now["recipe"].items()
-        if before["recipe"].get(name) != value and name not in ELSEWHERE
-    ]
-    if changed:
-        raise OptionError("--out", f"{folder} holds a run with another {', '.join(changed)}; choose another folder")
-    hashes = [[run["data"][part]["sha256"] for part in ("train", "valid")] for run in (before, now)]
-    if hashes[0] != hashes[1]:
-        raise OptionError("--data", f"the text or its tokenizer has changed since the run in {folder} began; bring it "
-                          "back, or choose another folder")  # fmt: skip
-    records.write_bytes(folder / RUN, (json.dumps(now, indent=1) + "\n").encode())
+    run = {"command": command, "recipe": recipe.to_dict(), "vocabulary": tokens.vocabulary}
+    claim(folder, {**run, "data": tokens.about})
     records.write_bytes(folder / TOKENIZER, tokens.tokenizer.encode())
-
-
-def _finished(folder: Path) -> Record | None:
-    try:
-        (record,) = records.read(folder / RECORD)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise OptionError("--out", f"{error}; remove that file or choose another folder") from None
-    return record if record["status"] == "ok" else None
 
 
 def _blame(engine: Engine, fetch: Any, step: int) -> str:
