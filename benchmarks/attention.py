@@ -194,6 +194,8 @@ def speed(problem: Problem, device: torch.device) -> records.Record:
         return note(str(problem), config, {}, device, repr(failure)[:600])
     finally:
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return note(str(problem), config | {"failed": wrong}, metrics, device)
 
 

@@ -172,7 +172,8 @@ def test_what_has_no_such_mask_is_refused():
             model(input_ids=ids, **given)
     model.set_attn_implementation(WHOLE)
     with pytest.raises(ValueError, match=f"an attention_mask is given; allowed with {WHOLE}: whole sequences"):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(input_ids=ids, attention_mask=torch.arange(23).ge(2).expand(2, 23))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match=f"a cache is given; allowed with {WHOLE}"):
         model.generate(ids[:, :5], max_new_tokens=2, do_sample=False)
 

@@ -157,8 +157,10 @@ def whole_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None =
     """The mask of `WHOLE`: none, as every layer makes it.
 
     Raises:
-        ValueError: where there is an ``attention_mask``, or a cache.
+        ValueError: where there is padding, or an ``attention_mask`` in compiled code, which cannot look; or a cache.
     """
+    if attention_mask is not None and _padding(attention_mask, 0, kv_length) is None:
+        attention_mask = None
     if attention_mask is not None or q_length != kv_length:
         what = "a cache" if attention_mask is None else "an attention_mask"
         raise ValueError(
