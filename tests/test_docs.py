@@ -71,6 +71,19 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.router" in capsys.readouterr().out
 
 
+def test_attention_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "attention.md"))
+    exec(compile(code, "attention.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "pixelated:block_size=128:nfactors=4:nglobal=1:causal=true" in out
+    assert "of the pairs" in out
+    assert "torch.Size([1, 17])" in out
+
+
 def test_problems_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

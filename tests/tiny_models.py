@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers as hf
 
@@ -52,7 +54,7 @@ def dense(name: str, seed: int = 0) -> hf.PreTrainedModel:
     """The dense model, in evaluation mode."""
     torch.manual_seed(seed)
     cls, config, _ = MODELS[name]
-    return cls(config).eval()
+    return cls(copy.deepcopy(config)).eval()  # a model may change its config
 
 
 def structured(name: str, seed: int = 0, **how: str) -> hf.PreTrainedModel:

@@ -1,5 +1,6 @@
 """The layers, their initialisation, and the projection of dense weights onto them."""
 
+from .attention import pixelated_attention
 from .explain import explain
 from .fourier import MonarchFourier
 from .gated import GatedSum
@@ -7,6 +8,7 @@ from .kinds import StructuredConv1d, StructuredConv2d
 from .linear import StructuredLinear
 from .moe_ffn import MoEFFN
 from .normalised import normalise_
+from .pixelated import PixelatedAttention
 from .projection import project
 from .routed import RoutedLinear, layer_of, share_router_
 from .router import Load, Router, routing_load, routing_loss, update_balance_
@@ -18,6 +20,7 @@ __all__ = [
     "Load",
     "MoEFFN",
     "MonarchFourier",
+    "PixelatedAttention",
     "RoutedLinear",
     "Router",
     "StructuredConv1d",
@@ -26,6 +29,7 @@ __all__ = [
     "explain",
     "layer_of",
     "normalise_",
+    "pixelated_attention",
     "project",
     "recover",
     "routing_load",

@@ -159,6 +159,7 @@ def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None
 def _write_config(trained: Any, path: Path) -> None:
     """The configuration, with the structures in it, so that transformers loads the folder after importing
     `structlin.hf`."""
+    from ..hf.attention import keep_attention
     from ..hf.quantizer import describe
     from ..hf.saving import guard
 
@@ -167,6 +168,7 @@ def _write_config(trained: Any, path: Path) -> None:
         trained.config.quantization_config = structures
     path.write_text(trained.config.to_json_string(), encoding="utf-8")
     guard(path)
+    keep_attention(trained.config, path)
 
 
 def _due(recipe: Recipe, name: str, done: int) -> bool:

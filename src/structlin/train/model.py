@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..conversion import Conversion
 from ..models.flops import linear_flops
 from ..nn import Router, routing_loss
+from ..nn.pixelated import PixelatedAttention
 from ..optim import param_groups
 from ..spec import Spec, parse
 from ..surgery import to_structured_
@@ -127,8 +128,14 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
     auto = AutoModelForMaskedLM if recipe.architecture == "bert" else AutoModelForCausalLM
-    from_config: Callable[..., nn.Module] = auto.from_config
+    from_config: Any = auto.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
+    if recipe.attention != "dense":
+        from ..hf.attention import WHOLE, pixelate_attention_
+
+        pixelate_attention_(model, recipe.attention)
+        if attention == CAUSAL:
+            model.set_attn_implementation(WHOLE)
     model = _linearised(model)
     return (mix_(recipe, model) if is_standard(recipe) else model).train()
 
@@ -176,7 +183,7 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
 
 
 def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
-    """Forward FLOPs per token of the linear layers and of attention over the mean causal length; training costs thrice.
+    """Forward FLOPs per token of the linear layers and of attention over the keys that are seen; training costs thrice.
 
     Norms, activations and lookups are left out. In bert attention has the whole length, and the head runs for the
     chosen tokens only.
@@ -186,7 +193,10 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
         return (
             round(linear_flops(model.get_submodule("bert")) + head) + recipe.depth * 4 * recipe.width * recipe.context
         )
-    return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
+    dense = recipe.attention == "dense"
+    cost = PixelatedAttention.parse("pixelated" if dense else recipe.attention).cost(recipe.context)
+    pairs = cost.dense_pairs if dense else cost.pairs
+    return linear_flops(model) + recipe.depth * 4 * recipe.width * pairs // recipe.context
 
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:

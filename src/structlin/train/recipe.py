@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ..nn.pixelated import PixelatedAttention
 from .settings import Settings, option, setting
 
 Architecture = Literal["opt", "gpt2", "gpt_neox", "llama", "bert"]
@@ -40,6 +41,9 @@ class Recipe(Settings):
     context: int = setting(1024, "tokens of a window, and rows of a table of positions")
     masked: float = setting(0.15, "bert: share of the tokens of a window that are hidden and predicted")
 
+    attention: str = setting(
+        "dense", "which keys a query sees: dense, or as pixelated:block_size=64:nfactors=3:nglobal=1"
+    )
     structure: str = setting(
         "dense",
         "structure of the chosen layers, as dyad:nblocks=4; dense leaves the model as it is, and "
@@ -83,10 +87,26 @@ class Recipe(Settings):
             yield "--context", "1 is given; allowed for bert: 2 or more, since the first token is [CLS]"
         if self.lm_head != "dense" and self.tied:
             yield "--lm-head", f"{self.lm_head} cannot be tied to the embedding; give --tied false too"
+        yield from self._attention_problems()
         if self.method != "scratch" and self.structure == "dense":
             yield "--method", f"{self.method} needs a structure; give --structure, as dyad:nblocks=4"
         if unknown := set(self.trackers) - {"tensorboard", "trackio", "wandb"}:
             yield "--trackers", f"{', '.join(sorted(unknown))} is unknown; allowed: tensorboard, trackio, wandb"
+
+    def _attention_problems(self) -> Iterator[tuple[str, str]]:
+        if self.attention == "dense":
+            return
+        try:
+            spec = PixelatedAttention.parse(self.attention)
+        except ValueError as error:
+            yield "--attention", f"{error}, or dense"
+            return
+        if self.architecture == "bert":
+            yield "--attention", f"{self.attention} is given; allowed: dense, as the architecture is bert"
+        if not spec.causal:
+            yield "--attention", f"{self.attention} is given; allowed: causal=true, as the models are decoders"
+        if self.dropout:
+            yield "--dropout", f"{self.dropout} is given; allowed with {self.attention}: 0"
 
     def bounds(self, name: str) -> tuple[float, float, str]:
         """Least and largest value of a number, and how to say so."""
