@@ -15,6 +15,7 @@ from ..train.recipe import Recipe
 from ..train.settings import Settings
 from .gpt2 import gpt2_medium, gpt2_small, tiny_gpt2
 from .llama import llama_like, tiny_llama
+from .mri import mri_monarch_sense, mri_unet, tiny_mri
 from .opt import opt125m, opt350m, tiny_opt
 from .pythia import pythia160m, tiny_pythia
 
@@ -26,7 +27,9 @@ LANGUAGE: dict[str, Callable[[], Recipe]] = {
 }  # fmt: skip
 """Those of language models by name."""
 
-PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {}
+PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = {
+    make.__name__: make for make in (mri_monarch_sense, mri_unet, tiny_mri)
+}
 """Those of other problems by name."""
 
 RECIPES: dict[str, Callable[[], Settings]] = {**LANGUAGE, **PROBLEMS}
