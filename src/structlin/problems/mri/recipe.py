@@ -34,7 +34,7 @@ class MriRecipe(ProblemRecipe):
     test_slices: int = setting(0, "test slices; 0: all")
     tikhonov: float | None = setting(None, "weight in SENSE; none: the one with the best pSNR on training slices")
     iterations: int = setting(12, "steps of conjugate gradients in SENSE")
-    similarity: float = setting(0.03, "weight of 1 - SSIM in the loss, beside the mean squared error")
+    similarity: float = setting(0.01, "weight of 1 - SSIM in the loss, beside the mean squared error")
     given: Literal["zero_filled", "sense"] = setting("zero_filled", "what unet corrects")
     channels: int = setting(24, "of the first stage of unet")
 
