@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
-from language_plans import CONTENDERS, DYADS, MONARCHS, speed, spread
+from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MONARCHS, REVERSED, speed, spread
 
 from structlin.report import records
 from structlin.report.records import Record
@@ -199,6 +200,25 @@ def rates() -> Finding:
     return f"{said}{apart['param_groups']:.0f}; small GPT, width 512, 1 seed", apart["one rate"] > apart["param_groups"]
 
 
+def mixed(width: int, budget: str, other: str) -> Callable[[], Finding]:
+    """BTT-MoE's loss beside that of ``other``, "dense" or "moe8", at equal training FLOPs or time: every one of its
+    seeds has to be below all of the other's."""
+
+    def measure() -> Finding:
+        runs = named("language-mixtures")
+        losses = {
+            name: [_loss(r) for r in of_seeds(runs, f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}")]
+            for name in (other, "btt_moe8", "btt_moe16")
+        }
+        if not all(losses.values()):
+            return None
+        said = ", ".join(f"{name} {plus_minus(values)}" for name, values in losses.items())
+        ours = min((losses[name] for name in ("btt_moe8", "btt_moe16")), key=mean)
+        return f"loss {said}; GPT-2 of 6 blocks, dense 40M tokens", max(ours) < min(losses[other])
+
+    return measure
+
+
 def never() -> Finding:
     """Nothing was run for this yet."""
     return None
@@ -264,6 +284,17 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
         ("psi < 1 does worse than psi = 1: low rank", "no number", EINSUM, on_teacher(LOW_RANK, FULL, 1.0)),
         ("the same: another point, psi = 2/3", "no number", EINSUM, on_teacher([NARROW], FULL, 1.0)),
         ("omega = 0, psi = 1 does as well as dense", "no number", EINSUM, on_teacher(FULL, ["dense"], None)),
+        *(
+            (
+                f"BTT-MoE beats {said} at equal {'FLOPs' if what == 'flops' else what}, width {width}",
+                "substantially",
+                EINSUM,
+                mixed(width, what, other),
+            )
+            for width in MIXED_WIDTHS
+            for what in ("flops", "time")
+            for other, said in (("dense", "dense"), ("moe8", "standard MoE"))
+        ),
         ("self-guided training narrows the gap", "to 0.4 in perplexity", "Wei et al. 2024, project page", guided),
     ],
 }
@@ -284,7 +315,7 @@ def time_rows() -> list[str]:
         for record in found:
             name, share, lr = re.fullmatch(r"w\d+-(.*)-x([\d.]+)-lr(.*)-s\d+", record["name"]).groups()  # type: ignore[union-attr]
             groups.setdefault((name, float(share), float(lr)), []).append(record)
-        order = ["dense", *CONTENDERS]
+        order = ["dense", *CONTENDERS, *REVERSED]
         for (name, _, lr), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):
             share = mean(map(_seconds, runs)) / mean(base)
             losses = plus_minus(list(map(_loss, runs)))
@@ -323,7 +354,17 @@ def tables() -> dict[str, str]:
     head = ("| width | structure, learning rate | tokens | time, dense's best = 1 | validation loss | dense's loss "
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
     swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
+    found["beyond"] = "\n\n".join(beyond())
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
+
+
+def beyond() -> list[str]:
+    """The sections of the modules claims_*.py beside this one: a title, a word before it, and a table of its rows."""
+    modules = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("claims_*.py"))]
+    return [
+        "\n".join([f"### {module.TITLE}", "", module.INTRO, "", HEAD, *(row(*claim) for claim in module.ROWS)])
+        for module in modules
+    ]
 
 
 def filled(page: str) -> str:

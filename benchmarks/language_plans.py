@@ -30,6 +30,9 @@ CONTENDERS = {
     "dyad8-all": ("dyad:nblocks=8:variant=narrow", "all"), "monarch8-all": (MONARCHS["monarch8"], "all"),
     "dyad4-all": ("dyad:nblocks=4:variant=narrow", "all"), "monarch4-all": (MONARCHS["monarch4"], "all"),
 }  # fmt: skip
+REVERSED = {f"{name}-reverse": name for name in ("monarch8-all", "dyad8-all")}
+"""Contenders that become dense after this share of their steps, and the ones that they are until then."""
+SWITCH = 0.8
 
 Records = Sequence[Record]
 
@@ -177,18 +180,19 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
     2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
        each contender for half of that time, at its best rate of the sweep and half of it.
     3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
-       for a longer one if not (0.7 and 1).
+       for a longer one if not (0.7 and 1); and the two fastest for 0.6 and 0.7 of it, becoming dense for the last
+       fifth of their steps (reverse sparsification).
     4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
 
     A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
     """
     sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
-    names = {"dense": ("dense", "mlp"), **CONTENDERS}
+    names = {"dense": ("dense", "mlp"), **CONTENDERS, **{name: CONTENDERS[base] for name, base in REVERSED.items()}}
     thought = SPEEDS["gpt2_small"] * 98e6 / (12 * depth * width**2 + 16384 * width)
     rates = [float(f"{1.536 / width * factor:.2g}") for factor in (1.0, 0.5, 2.0)]
 
     def swept(records: Records, name: str) -> Record:
-        title = f"w{width}-{name}-sweep-"
+        title = f"w{width}-{REVERSED.get(name, name)}-sweep-"
         done = [r for r in records if r["name"].startswith(title)]
         return best(done) if done else found(records, title + f"lr{rates[0]:g}")
 
@@ -196,9 +200,13 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
         own, dense = speed(swept(records, name)), speed(swept(records, "dense"))
         seconds = share * max(180.0, 100e6 / dense)
         spec, layers = names[name]
+        method: dict[str, Any] = {}
+        if name in REVERSED:
+            own = 1 / (SWITCH / own + (1 - SWITCH) / dense)
+            method = {"method": "sparsify_reverse", "switch": SWITCH, "moments": "carry"}
         title = f"w{width}-{name}-x{share:g}-lr{lr:.3g}-s{seed}"
         return run("gpt2_small", math.ceil(seconds * own / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
-                   name=title, speed=own, priority=priority)  # fmt: skip
+                   **method, name=title, speed=own, priority=priority)  # fmt: skip
 
     def of(records: Records, name: str) -> list[Record]:
         return [r for r in records if r["name"].startswith(f"w{width}-{name}-x")]
@@ -212,6 +220,7 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 run("gpt2_small", math.ceil(20e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
                     name=f"w{width}-{name}-sweep-lr{lr:g}", priority=rank)
                 for rank, (name, (spec, layers)) in enumerate(names.items())
+                if name not in REVERSED
                 for lr in rates
             ]  # fmt: skip
         tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
@@ -237,13 +246,65 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 budget(records, name, each, reach(name)[2]["config"]["lr"])
                 for name in tried
                 for each in ((0.7, 1.0) if reach(name)[0] == math.inf else (0.35, 0.42))
+            ] + [
+                budget(records, name, each, reach(base)[2]["config"]["lr"])
+                for name, base in REVERSED.items()
+                if base in tried
+                for each in (0.7, 0.6)
             ]
+        tried += [name for name in REVERSED if of(records, name)]
         runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]
         for name in sorted(tried, key=lambda name: reach(name)[:2])[:2]:
             again = reach(name)[2]
             runs += [budget(records, name, share(again), again["config"]["lr"], seed) for seed in (1, 2)]
         return runs
 
+    return plan
+
+
+MIXTURES = {
+    "moe8": ("moe_ffn:experts=8:top_k=2", "mlp"), "btt_moe8": ("btt_moe:experts=8:top_k=2", "all"),
+    "btt_moe16": ("btt_moe:experts=16:top_k=2", "all"),
+}  # fmt: skip
+MIXED_WIDTHS = (512, 1024)
+
+
+def mixtures(stage: int, records: Records) -> list[Run]:
+    """Mixtures of experts beside dense: GPT-2 of six blocks, two widths.
+
+    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at three learning rates.
+    2. Each at its best rate, two seeds: dense over 40M tokens, the others for its training FLOPs and for its time, by
+       what the sweep counted and measured.
+    """
+    names = {"dense": ("dense", "mlp"), **MIXTURES}
+    plan = []
+    for width in MIXED_WIDTHS:
+        sizes = {"width": width, "depth": 6, "heads": width // 64, "mlp_width": 4 * width}
+        thought = 0.5 * SPEEDS["gpt2_small"] * 98e6 / (12 * 6 * width**2 + 16384 * width)
+        rates = [float(f"{factor * 1.024 / width:.2g}") for factor in (1.0, 2.0, 0.5)]
+
+        def title(width: int, name: str, lr: float) -> str:
+            return f"moe-w{width}-{name}-sweep-lr{lr:g}"
+
+        if stage == 1:
+            plan += [
+                run("gpt2_small", math.ceil(10e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
+                    name=title(width, name, lr))
+                for name, (spec, layers) in names.items() for lr in rates
+            ]  # fmt: skip
+            continue
+        chosen = {name: best(found(records, title(width, name, lr)) for lr in rates) for name in names}
+        dense, tokens = chosen["dense"], 40e6
+        for name, (spec, layers) in names.items():
+            own = chosen[name]
+            flops = (dense["metrics"]["flops_per_token"] or 1) / (own["metrics"]["flops_per_token"] or 1)
+            budgets = {"flops": tokens * flops, "time": tokens * speed(own) / speed(dense)}
+            for budget, most in ({"flops": tokens} if name == "dense" else budgets).items():
+                plan += [
+                    run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=own["config"]["lr"], seed=seed,
+                        **sizes, speed=speed(own), priority=seed, name=f"moe-w{width}-{name}-{budget}-s{seed}")
+                    for seed in (0, 1)
+                ]  # fmt: skip
     return plan
 
 
@@ -258,9 +319,10 @@ def smoke(stage: int, records: Records) -> list[Run]:
 
 PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12),
-    "time2048": time_to_loss(2048, 4),     "methods": methods, "smoke": smoke,
+    "time2048": time_to_loss(2048, 4), "methods": methods,
+    "mixtures": mixtures, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "smoke": 1}
+STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 2, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -71,6 +71,16 @@ def test_experts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.router" in capsys.readouterr().out
 
 
+def test_problems_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "".join(code for _, code in blocks(ROOT / "docs" / "problems.md"))
+    exec(compile(code, "problems.md", "exec"), {})
+    assert capsys.readouterr().out.split()[-1] == str(2 * 2 * 64 * 16)
+    assert (tmp_path / "mirror" / "record.json").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,7 +42,8 @@ def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
     seconds = [step * plans.STEP / speed for step in (0, 10, 20)]
     config = {**run.fields, "layers": run.fields.get("layers", "mlp"), "given": dict(run.fields), "parts": ["train"]}
     series = {"step": [0, 10, 20], "seconds": seconds}
-    return {"name": run.name, "config": config, "metrics": {"valid_loss": loss}, "series": series, "status": "ok"}
+    metrics = {"valid_loss": loss, "flops_per_token": 1e6 if "moe" in run.name else 2e6, "train_seconds": seconds[-1]}
+    return {"name": run.name, "config": config, "metrics": metrics, "series": series, "status": "ok"}
 
 
 def losses(run: Any) -> float | None:
@@ -90,6 +90,10 @@ def test_time_to_loss_follows_from_the_records() -> None:
         if stage == 3:
             assert "w768-dyad8-all-x0.42-lr0.002-s0" in runs
             assert "w768-monarch8-all-x1-lr0.002-s0" in runs
+            reverse = runs["w768-dyad8-all-reverse-x0.6-lr0.002-s0"].fields
+            assert (reverse["method"], reverse["switch"]) == ("sparsify_reverse", plans.SWITCH)
+            both = 0.6 * 180 / (plans.SWITCH / 8e5 + (1 - plans.SWITCH) / 6e5)
+            assert reverse["steps"] == math.ceil(both / plans.STEP)
     assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in (1, 2)} < set(runs)
     assert sum("-x0.5-" in name for name in runs) == 4, runs.keys()
     with pytest.raises(ValueError, match=r"w768-dense-sweep-lr0\.002, which is not in the records"):
@@ -128,12 +132,13 @@ def test_what_is_slow_to_come_is_ended_and_the_rest_not_started(tmp_path: Path) 
     place = language.Place(tmp_path, None)
     code = "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"
     place.command = lambda job: [sys.executable, "-c", code]  # type: ignore[method-assign]
-    begun = time.monotonic()
-    limit = begun + slow.seconds + 0.5
-    clock = SimpleNamespace(monotonic=lambda: begun + 40 * (time.monotonic() - begun), sleep=time.sleep)
+    now = [0.0]  # a clock that goes on in sleep alone
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
     language.time, real = clock, language.time
     try:
-        left = language.work([slow, late], place, 2, limit, lambda job, seconds: pytest.fail("it did not end"))
+        left = language.work(
+            [slow, late], place, 2, slow.seconds + 0.5, lambda job, seconds: pytest.fail("it did not end")
+        )
     finally:
         language.time = real
     assert [job.run.name for job in left] == ["two", "one"]

@@ -245,3 +245,14 @@ def test_what_cannot_be_normalised_is_refused():
     with pytest.raises(ValueError, match="1: lower is parametrized already"):
         sl.normalise_(model)
     assert not parametrize.is_parametrized(model[0])
+
+
+def test_a_mixture_of_experts_is_refused_and_the_rest_left_alone():
+    model = nn.Sequential(sl.StructuredLinear(16, 16, sl.Monarch(4)), nn.Linear(16, 16))
+    sl.to_structured_(model, {"1": sl.spec.parse("btt_moe:experts=2:top_k=1")})
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"cannot normalise the model:\n  1: is a mixture of experts"):
+        sl.normalise_(model)
+    with pytest.raises(ValueError, match=r"cannot guide the mixtures of experts 1"):
+        sl.guide_(model, steps=2)
+    assert list(model.state_dict()) == names

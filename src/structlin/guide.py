@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import regroup
-from .nn import StructuredLinear
+from .nn import RoutedLinear, StructuredLinear
 from .nn.guide import attach
 
 
@@ -156,12 +156,15 @@ def guide_(
 
     Raises:
         ValueError: for numbers of steps that are not whole or leave none to fade, an unknown schedule, or a model
-            without a layer to guide.
+            without a layer to guide, or with a mixture of experts, which is no matrix that a guide could follow. The
+            model is unchanged then.
     """
     if not (isinstance(steps, int) and isinstance(warmup, int) and 0 <= warmup < steps):
         raise ValueError(f"steps={steps} and warmup={warmup} must be whole numbers, warmup from 0 to below steps")
     if schedule not in ("cosine", "linear"):
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: 'cosine', 'linear'")
+    if mixtures := [name for name, module in model.named_modules() if isinstance(module, RoutedLinear)]:
+        raise ValueError(f"cannot guide the mixtures of experts {', '.join(mixtures)}; leave them dense or structured")
     structured = {name: m for name, m in model.named_modules() if isinstance(m, StructuredLinear)}
     layers = {name: layer for name, layer in structured.items() if not layer.plan.is_dense}
     if not layers:

@@ -61,4 +61,6 @@ def test_three_products_and_two_copies(variant):
         torch.cuda.synchronize()
     kernels = [e.name for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert sorted(name for name in kernels if "join" in name) == ["_join", "_unjoin"], kernels
-    assert sum("join" not in name and "cat" not in name.lower() for name in kernels) == 3, kernels
+    # the factors are joined by cat, and a GEMM of few tiles may be split, with a reduction and a memset of its own
+    beside = "join", "cat", "reduce", "memset"
+    assert sum(not any(word in name.lower() for word in beside) for name in kernels) == 3, kernels

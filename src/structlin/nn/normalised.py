@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .. import analysis
 from .linear import StructuredLinear
+from .routed import RoutedLinear
 
 
 class Normalised(nn.Module):
@@ -72,13 +73,18 @@ def normalise_(model: nn.Module) -> list[str]:
         The names of the layers, the first of each where it has several.
 
     Raises:
-        ValueError: for a model without structured layers, or with a factor that is parametrized already. The model is
-            unchanged then.
+        ValueError: for a model without structured layers, with a factor that is parametrized already, or with a mixture
+            of experts. The model is unchanged then.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
     if not layers:
         raise ValueError("the model has no StructuredLinear to normalise; convert it with to_structured_ first")
     problems = [
+        f"{name or 'the model'}: is a mixture of experts, whose factors have no such form"
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedLinear)
+    ]
+    problems += [
         f"{name or 'the model'}: {factor} is parametrized already"
         for name, layer in layers.items()
         for factor in layer.plan.factors

@@ -80,7 +80,6 @@ class Engine:
 
     def update(self, windows: Tensor, step: int) -> None:
         """Update ``step``, counted from 0, on this process's ``windows``, int64 ``[rows, context + 1]``."""
-        self._switch(step)
         torch.manual_seed(self._seed(step))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.recipe.rate(step)
@@ -126,17 +125,17 @@ class Engine:
         return summed.item() / len(windows)
 
     def densify(self) -> None:
-        """The switch of reverse sparsification; done once, in the step that the recipe says."""
+        """The switch of reverse sparsification; done once, before the step that `switches` says."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak
         densify_(self.model, self.optimizer, self.recipe.moments, self.recipe.lr)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.densified = True
 
-    def _switch(self, step: int) -> None:
+    def switches(self, step: int) -> bool:
+        """Whether `densify` is due before ``step``, counted from 0."""
         at = round(self.recipe.switch * self.recipe.steps)
-        if self.recipe.method == "sparsify_reverse" and not self.densified and step >= at:
-            self.densify()
+        return self.recipe.method == "sparsify_reverse" and not self.densified and step >= at
 
     def _clip(self) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

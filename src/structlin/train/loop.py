@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..machine import provenance
@@ -78,17 +78,7 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
         monitor = Monitor(engine, progress, say)
         error = None
         try:
-            for step, batch in enumerate(ahead(fetch, progress.step, recipe.steps, engine.device), progress.step):
-                engine.update(batch, step)
-                now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
-                if now:
-                    monitor.read(step + 1)
-                if "valid" in now:
-                    monitor.validated(engine.evaluate(valid))
-                if "checkpoint" in now and main:
-                    checkpoints.save(folder, progress, engine)
-                if now - {"log"}:
-                    monitor.start()
+            _updates(engine, monitor, fetch, valid, folder if main else None)
         except DivergedError as failure:
             error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
         record = _record(recipe, tokens, engine, monitor, command, error)
@@ -96,6 +86,28 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             _write(folder, record, engine, tokens)
         accelerator.end_training()
     return record
+
+
+def _updates(engine: Engine, monitor: Monitor, fetch: Any, valid: Tensor, folder: Path | None) -> None:
+    """All updates that are left, with validations, and checkpoints below ``folder``."""
+    recipe, progress = engine.recipe, monitor.progress
+    for step, batch in enumerate(ahead(fetch, progress.step, recipe.steps, engine.device), progress.step):
+        if engine.switches(step):
+            if monitor.last < step:
+                monitor.read(step)
+            engine.densify()
+            engine.warm_up(batch)
+            monitor.start()
+        engine.update(batch, step)
+        now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
+        if now:
+            monitor.read(step + 1)
+        if "valid" in now:
+            monitor.validated(engine.evaluate(valid))
+        if "checkpoint" in now and folder:
+            checkpoints.save(folder, progress, engine)
+        if now - {"log"}:
+            monitor.start()
 
 
 def load(folder: str | Path) -> tuple[nn.Module, str, Recipe]:
