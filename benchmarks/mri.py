@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,15 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=290, help="seconds after which nothing starts")
     parser.add_argument("--small", action="store_true", help="small images, for a CPU")
     parser.add_argument("--smoke", action="store_true", help="one tiny run of each kind")
+    parser.add_argument("--only", default="*", help="runs by name, as 'unet-4x-*'; default: all")
     options = parser.parse_args()
     base: dict[str, Any] = {"data": (options.data,)} if options.data else {}
     if options.small:
         base |= SMALL
     start, longest, out, folder = time.monotonic(), dict[str, float](), Path(options.out), Path(options.runs)
     found = records.read(out) if out.exists() else []
-    todo = list(smoke(base) if options.smoke else plan(base, options.small))
+    planned = smoke(base) if options.smoke else plan(base, options.small)
+    todo = [run for run in planned if fnmatchcase(run.name, options.only)]
     for run in todo:
         if any(record["name"] == run.name for record in found):
             continue
