@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib.util
 import io
 import os
 import struct
@@ -271,6 +272,8 @@ BAD = [
     ({"size": ["24", "13"]}, "--size: 13 is prime; allowed for monarch_sense"),
     ({"acceleration": "12"}, "--acceleration: 12x leaves 2 of 24 columns, and the centre has 4; allowed: 1 to 6"),
     ({"structure": "monarch"}, "--structure: monarch is given; allowed: dense"),
+    ({"model": "unet", "size": ["16", "16"]}, "--size: 16 16 is given; allowed for unet: one side of 17 or more"),
+    ({"dtype": "bfloat16"}, "--dtype: bfloat16 is given; allowed for monarch_sense: float32"),
     ({"noise": "-1"}, "--noise: -1.0 is given; allowed: 0 to 1000"),
 ]
 
@@ -323,6 +326,49 @@ def test_few_slices_are_the_first_of_more(folder: Path) -> None:
     assert few.about != more.about
     few.to(torch.device("cpu"))
     assert few.batch(0)[1].shape == (8, SIDE, SIDE)
+
+
+# claims
+
+
+def claims() -> Any:
+    """The script of rows, as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / "claims_mri.py"
+    spec = importlib.util.spec_from_file_location("claims_mri", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def a_run(name: str, psnr: float) -> Any:
+    metrics = {"test_psnr_db": psnr, "test_ssim": psnr / 50, "test_sense_psnr_db": 30.0, "test_sense_ssim": 0.6,
+               "model_params": 7 if name.startswith("monarch") else 1400}  # fmt: skip
+    where = {"kind": "train", "created": "2026-01-01T00:00:00+00:00", "command": "", "seed": 0, "commit": None}
+    rest = {"device": {"type": "cpu"}, "versions": {}, "config": {}, "status": "ok", "error": None}
+    return {"name": name, "metrics": metrics, **where, **rest}
+
+
+def test_claims_follow_from_records(tmp_path: Path) -> None:
+    module, path = claims(), tmp_path / "records.json"
+    assert module.above_sense("", (2,), path) is module.few_shot(path) is module.smaller(path) is None
+    few = [a_run(f"{method}-shots{n}-4x-s{s}", 32 - n / 20 if method == "monarch_sense" else 28 + n / 20)
+           for method in ("monarch_sense", "unet") for n in (1, 5, 20, 100) for s in range(3)]  # fmt: skip
+    full = [
+        a_run("unet-4x-s0", 31.0),
+        *(a_run(f"monarch_sense-{a}x-s{s}", 31.0 + s / 10) for a in (2, 4) for s in range(3)),
+    ]
+    records.write(path, [*few, *full])
+    said, verdict = module.above_sense("", (2, 4), path)
+    assert verdict
+    assert said.startswith("2x: 31.10 ± 0.10 over 30.00 dB, SSIM 0.622 ± 0.002 over 0.600; 4x")
+    said, verdict = module.few_shot(path)
+    assert verdict
+    assert "1: 31.95 / 0.639 beside 28.05 / 0.561" in said
+    assert module.smaller(path) == ("100 times fewer (7 complex, 1,400 real)", True)
+    records.write(path, [*few, *full[:-1], a_run("monarch_sense-4x-s2", 29.9)])
+    assert module.above_sense("", (2, 4), path)[1] is False
 
 
 @pytest.mark.slow

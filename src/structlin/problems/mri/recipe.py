@@ -62,6 +62,10 @@ class MriRecipe(ProblemRecipe):
         prime = [side for side in self.size if balanced(side)[0] == 1]
         if self.model == "monarch_sense" and prime:
             yield "--size", f"{prime[0]} is prime; allowed for monarch_sense: products of two numbers above 1"
+        if self.model == "unet" and max(self.size) <= 16:
+            yield "--size", f"{' '.join(map(str, self.size))} is given; allowed for unet: one side of 17 or more"
+        if self.model == "monarch_sense" and self.dtype != "float32":
+            yield "--dtype", f"{self.dtype} is given; allowed for monarch_sense: float32, as its numbers are complex"
         total, centre = self.size[1] // self.acceleration, centre_columns(self.size[1], self.acceleration)
         if self.acceleration > 1 and total < centre:
             most = max(a for a in range(1, self.size[1]) if self.size[1] // a >= centre_columns(self.size[1], a))
