@@ -16,7 +16,7 @@ from ..problems import ProblemRecipe
 from ..train.config import OptionError
 from ..train.recipe import Recipe
 from ..train.settings import Settings
-from . import bert, gpt2, llama, operators, opt, pythia, vision
+from . import bert, gpt2, llama, mri, operators, opt, pythia, vision
 
 
 def _made_in(*modules: ModuleType) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _made_in(*modules: ModuleType) -> dict[str, Any]:
 LANGUAGE: dict[str, Callable[[], Recipe]] = _made_in(opt, pythia, gpt2, llama, bert)
 """Those of language models by name."""
 
-PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = _made_in(vision, operators)
+PROBLEMS: dict[str, Callable[[], ProblemRecipe]] = _made_in(vision, operators, mri)
 """Those of other problems by name."""
 
 RECIPES: dict[str, Callable[[], Settings]] = {**LANGUAGE, **PROBLEMS}
