@@ -46,7 +46,7 @@ FAMILIES: dict[str, Callable[[int], Spec]] = {
     "block_dense": lambda n: sl.BlockDense(nblocks=2, rank=n),
     "dyad": lambda n: sl.Dyad(nblocks=n),
 }
-LOW_RANK = tuple(f"low_rank:rank={share}" for share in (0.125, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625))
+LOW_RANK = tuple(f"low_rank:rank={share}" for share in (0.125, 0.25, 0.375, 0.5, 0.625))
 LADDERS = {"default": CANDIDATES, "low_rank": LOW_RANK}
 TOKENS = 256  # of a timed pass
 Rules = Mapping[str, Spec | None]
@@ -202,8 +202,8 @@ def parsed() -> argparse.Namespace:
     add("--scores", nargs="+", default=["projection", "fisher"])
     add("--candidates", default="default", choices=LADDERS, help="a ladder of all families, or of low rank alone")
     add("--fit", default="weights", choices=("weights", "inputs"), help="what projections are nearest to")
-    add("--layers", nargs="+", metavar="GLOB", help="default: the encoder's, or those of every third block of smollm2")
-    add("--windows", type=int, default=64, help="smollm2: of each text; default: 64")
+    add("--layers", nargs="+", metavar="GLOB", help="default: the encoder's, or those of every fifth block of smollm2")
+    add("--windows", type=int, default=32, help="smollm2: of each text; default: 32")
     add("--length", type=int, default=128, help="smollm2: tokens of a window; default: 128")
     add("--calibrate-tokens", type=int, default=2048, help="smollm2: of the training text; default: 2048")
     return parser.parse_args()

