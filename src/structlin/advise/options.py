@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import analysis, costs
+from .. import analysis
 from ..costs import Ceilings
 from ..ops import measure
 from ..ops.lowering import lower
@@ -73,8 +73,6 @@ def predicting(ceilings: Ceilings, tokens: int, training: bool, device: str = "c
     """A clock that predicts, for a type of device with these ceilings."""
 
     def clock(plan: Plan) -> float:
-        if plan.is_dense:
-            return costs.seconds(costs.dense_work(*plan.padded, tokens, training), ceilings)
         return predicted(plan, tokens, ceilings, training, device)
 
     return cache(clock)
