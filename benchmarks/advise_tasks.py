@@ -169,7 +169,7 @@ class Perplexity:
     def _spread(self, texts: list[str], count: int) -> list[list[int]]:
         """The first ``length`` tokens from the middle of ``count`` of the texts, evenly spread."""
         chosen = [texts[i * len(texts) // count] for i in range(count)]
-        halves = [text[len(text) // 2 :].partition(" ")[2] for text in chosen]
+        halves = [text[len(text) // 2 :][: 16 * self.length].partition(" ")[2] for text in chosen]
         found = [ids[: self.length] for ids in self.tokenizer(halves, add_special_tokens=False)["input_ids"]]
         assert all(len(ids) == self.length for ids in found)
         return found
