@@ -32,7 +32,7 @@ from advise_tasks import SEED, Cases, Perplexity, Sts, Task
 from torch import Tensor, nn
 
 import structlin as sl
-from structlin.advise.advice import Scored, choose, score
+from structlin.advise.advice import Scored, choose, convertible, score
 from structlin.advise.options import CANDIDATES, Clock, Shape, measuring
 from structlin.calibration import record_inputs
 from structlin.commands.advise import read_budget
@@ -138,10 +138,12 @@ class Bench:
         return median(ratios[1:])
 
 
-def under(bench: Bench, budget: str, share: float, scored: Mapping[str, list[Scored]], clock: Clock | None) -> None:
+def under(
+    bench: Bench, budget: str, share: float, shapes: Mapping[str, Shape], scored: Mapping[str, list[Scored]],
+    clock: Clock | None,
+) -> None:  # fmt: skip
     """Records of all families and of all advice under one budget."""
-    layers, text = next(iter(scored.values())), f"{budget}={share:g}"
-    shapes, done = {layer.name: layer.shape for layer in layers}, dict[str, Cases]()
+    text, done = f"{budget}={share:g}", dict[str, Cases]()
     timed = clock if budget != "params" else None
 
     def measure(name: str, rules: Rules, config: dict[str, object]) -> None:
@@ -178,6 +180,7 @@ def main() -> None:
     bench.note("dense", {"policy": "dense"}, task.summary(cases))
     needs = any(name != "params" for name, _ in budgets)
     clock = measuring(torch.device("cpu"), torch.float32, TOKENS, training=False) if needs else None
+    shapes, _ = convertible(task.model(), task.layers)
     batches, scored = task.calibration(), dict[str, list[Scored]]()
     for by in options.scores:
         begin = time.perf_counter()
@@ -187,9 +190,9 @@ def main() -> None:
         )  # fmt: skip
         print(f"scored by {by} in {time.perf_counter() - begin:.0f} s", flush=True)
     if options.fit == "inputs":
-        bench.inputs = record_inputs(task.model(), [layer.name for layer in scored[options.scores[0]]], batches)
+        bench.inputs = record_inputs(task.model(), shapes, batches)
     for budget, share in budgets:
-        under(bench, budget, share, scored, clock)
+        under(bench, budget, share, shapes, scored, clock)
 
 
 def parsed() -> argparse.Namespace:
@@ -199,7 +202,7 @@ def parsed() -> argparse.Namespace:
     add("--model", required=True, help="models/minilm or models/smollm2, as real_weights.py writes them")
     add("--data", required=True, help="the file of STS-B for minilm, the folder of texts for smollm2")
     add("--budgets", nargs="+", default=["params=0.7", "params=0.5", "flops=0.5", "time=0.7", "time=0.5"])
-    add("--scores", nargs="+", default=["projection", "fisher"])
+    add("--scores", nargs="*", default=["projection", "fisher"], help="of advice; with none, families alone")
     add("--candidates", default="default", choices=LADDERS, help="a ladder of all families, or of low rank alone")
     add("--fit", default="weights", choices=("weights", "inputs"), help="what projections are nearest to")
     add("--layers", nargs="+", metavar="GLOB", help="default: the encoder's, or those of every fifth block of smollm2")
