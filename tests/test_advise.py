@@ -13,6 +13,7 @@ from structlin.advise import allocate, scores
 from structlin.advise.advice import Advice, Scored, choose, pixelfly_candidates, score
 from structlin.advise.options import CANDIDATES, Option, measuring, options, predicting
 from structlin.costs import HOPPER
+from structlin.ops.lowering import lower
 from structlin.report import records
 
 LADDER = tuple(f"low_rank:rank={rank}" for rank in (2, 4, 6, 8, 10, 12))
@@ -162,6 +163,25 @@ def test_clocks_measure_and_predict():
     on_paper = predicting(HOPPER[2], 16384, training=True)
     wide = sl.Dense().plan(4096, 4096), sl.LowRank(512).plan(4096, 4096)
     assert on_paper(wide[1]) < on_paper(wide[0])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_busy_cpu_slows_a_layer_and_the_dense_one_beside_it(training, monkeypatch):
+    """After the first measurement all take twice as long; the ratio to dense is that of one moment."""
+    calls, plain = [], lower(sl.Dense().plan(64, 32))
+
+    def times(subject):
+        calls.append(subject)
+        busy = 1.0 if len(calls) == 1 else 2.0
+        own, dense = 10.0 if subject.what == plain else 4.0, 99.0 if training else 10.0
+        return {"eager": {"bmm": busy * own, "dense": busy * dense}, "graph": {}}
+
+    monkeypatch.setattr("structlin.advise.options.measure.times", times)
+    clock = measuring(torch.device("cpu"), torch.float32, 8, training)
+    assert clock(sl.Dense().plan(64, 32)) == pytest.approx(10e-3)
+    assert clock(sl.LowRank(4).plan(64, 32)) == pytest.approx(4e-3)
+    assert clock(sl.LowRank(4).plan(64, 32)) == pytest.approx(4e-3)
+    assert len(calls) == (3 if training else 2)
 
 
 def test_pixelfly_splits_a_budget():

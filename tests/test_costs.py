@@ -8,7 +8,7 @@ import pytest
 import structlin as sl
 from structlin import cli, costs
 from structlin.advise import paper
-from structlin.advise.ceilings import MODES, Measured, fit, held_out, measured, predicted
+from structlin.advise.ceilings import MODES, Measured, fit, held_out, measured, predicted, unseen
 from structlin.costs import HOPPER, Ceilings, Product, Work
 from structlin.ops.lowering import lower
 from structlin.ops.moves import Kernels
@@ -91,6 +91,17 @@ def test_predictions_hold_for_what_the_fit_did_not_see(layers, by):
     assert median(check.error for check in held_out(few, by)) <= 0.15
 
 
+def test_predictions_hold_for_a_record_that_nothing_was_fitted_to():
+    found = unseen(records.read(RESULTS / "rows-h200.json"), HOPPER[2])
+    assert {check.layer.backend for check in found} == {"linear", "auto"}
+    assert median(check.error for check in found if check.layer.backend == "auto") <= 0.06
+    assert all(check.error <= 0.15 for check in found if check.layer.structure.startswith("dyad"))
+    with pytest.raises(ValueError, match="bfloat16 is measured; the device is calibrated for 4 bytes"):
+        unseen(records.read(RESULTS / "rows-h200.json"), HOPPER[4])
+    with pytest.raises(ValueError, match="no record holds times"):
+        unseen(records.read(RESULTS / "blocks-h200.json"), HOPPER[2])
+
+
 def test_memory_is_that_of_the_record(layers):
     off = [abs(layer.predicted_bytes / layer.bytes - 1) for layer in layers if layer.bytes]
     assert sum(error < 0.001 for error in off) >= 0.95 * len(off)
@@ -112,6 +123,10 @@ def test_auto_is_the_faster_of_steps_and_one_weight():
     train = sl.TensorTrain(cores=2, rank=8).plan(4096, 4096)
     steps = costs.seconds(run(train, 16384, True, ALL), HOPPER[2])
     assert predicted(train, 16384, HOPPER[2]) < steps
+    joined = sl.Dyad(nblocks=4).plan(4096, 1024)  # writes its output once
+    assert predicted(joined, 16384, HOPPER[2]) < 0.9 * costs.seconds(run(joined, 16384, True, ALL), HOPPER[2])
+    dense = sl.Dense().plan(4096, 1024)
+    assert predicted(dense, 64, HOPPER[2]) == costs.seconds(costs.dense_work(4096, 1024, 64, True), HOPPER[2])
 
 
 def test_decoders_have_the_sizes_of_their_names():
@@ -152,6 +167,19 @@ def test_predict_prints_layers_and_decoders(capsys):
     assert "8 GPUs in groups of 1" in out
 
 
+def test_predict_checks_and_draws(capsys, tmp_path):
+    few = [r for r in records.read(RESULTS / "bench-h200.json") if r["config"]["backend"] in ("linear", "triton")][:24]
+    records.write(tmp_path / "few.json", few)
+    given = ["--from", str(tmp_path / "few.json"), "--against", str(RESULTS / "rows-h200.json")]
+    assert cli.main(["predict", "--check", *given, "--plot", str(tmp_path / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == [
+        "held out by structure", "held out by shape", "other records"
+    ]  # fmt: skip
+    assert "52 times" in lines[2]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -159,6 +187,7 @@ def test_predict_prints_layers_and_decoders(capsys):
         (["monarch@12b"], "not of the form SPEC@OUTxIN"),
         (["--check"], "--check: needs --from"),
         (["dyad@64x64", "--plot", "a.png"], "--plot: is for --check"),
+        (["dyad@64x64", "--against", "a.json"], "--against: is for --check"),
         (["dyad@64x64", "--tokens", "0"], "--tokens: 0 is given"),
         (["dyad@64x64", "--from", "absent.json"], "absent.json: No such file"),
     ],

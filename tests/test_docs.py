@@ -311,20 +311,63 @@ def advice_rows() -> list[str]:
     return rows
 
 
-def held_out_rows() -> list[str]:
-    """The table of docs/advise.md on predictions, from the record that it quotes."""
-    layers = ceilings.measured(records.read(ROOT / "results" / "bench-h200.json"))
+def advice_on_text_rows() -> list[str]:
+    """The table of docs/advise.md on perplexity, from the records that it quotes."""
+    found = [
+        record
+        for name in ("advise-perplexity-cpu", "advise-perplexity-families-cpu")
+        for record in records.read(ROOT / "results" / f"{name}.json")
+    ]
+    rows = {}
+    for record in found:
+        metrics, name = record["metrics"], record["name"].partition(", params=")[0]
+        cells = [
+            record["config"].get("budget", "-").removeprefix("params="),
+            name,
+            f"{metrics.get('params_share', 1):.3f}",
+        ]
+        for text in ("text", "wikitext2"):
+            loss, gain = metrics[f"loss_{text}"], "-"
+            if f"gain_{text}" in metrics:
+                gain = f"{metrics[f'gain_{text}']:.2f} ± {metrics[f'gain_{text}_stderr']:.2f}"
+            cells += [f"{math.exp(loss):.1f}", f"{loss:.2f} ± {metrics[f'loss_{text}_stderr']:.2f}", gain]
+        rows.setdefault(record["name"], f"| {' | '.join(cells)} |")
+    return list(rows.values())
+
+
+def advice_in_time_rows() -> list[str]:
+    """The table of docs/advise.md on budgets of time and FLOPs, from the record that it quotes."""
     rows = []
-    for by in ("structure", "shape"):
-        errors = sorted(check.error for check in ceilings.held_out(layers, by))
-        rows.append(f"| {by} | {len(errors)} | {median(errors):.1%} | {errors[int(0.9 * len(errors))]:.1%} |")
+    for record in records.read(ROOT / "results" / "advise-time-cpu.json")[1:]:
+        metrics, (name, _, budget) = record["metrics"], record["name"].partition(", ")
+        cells = [budget, name, f"{metrics['params_share']:.3f}", f"{metrics['time_share']:.2f}"]
+        cells += [
+            f"{metrics['times_as_fast']:.2f}",
+            f"{metrics['spearman']:.1f} ({metrics['low']:.1f} to {metrics['high']:.1f})",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def held_out_rows() -> list[str]:
+    """The table of docs/advise.md on predictions, from the records that it quotes."""
+    layers = ceilings.measured(records.read(ROOT / "results" / "bench-h200.json"))
+    checks = {by: ceilings.held_out(layers, by) for by in ("structure", "shape")}
+    others = ceilings.unseen(records.read(ROOT / "results" / "rows-h200.json"), ceilings.fit(layers))
+    for backend, name in (("linear", "dense"), ("auto", "`auto`")):
+        checks[f"other records, {name}"] = [check for check in others if check.layer.backend == backend]
+    rows = []
+    for name, found in checks.items():
+        errors = sorted(check.error for check in found)
+        rows.append(f"| {name} | {len(errors)} | {median(errors):.1%} | {errors[int(0.9 * len(errors))]:.1%} |")
     return rows
 
 
 def test_tables_of_advice_are_those_of_the_records() -> None:
     pytest.importorskip("scipy")
     page = (ROOT / "docs" / "advise.md").read_text(encoding="utf-8")
-    missing = [row for row in blocks_predicted() + advice_rows() + held_out_rows() if row not in page]
+    rows = blocks_predicted() + advice_rows() + advice_on_text_rows() + advice_in_time_rows() + held_out_rows()
+    missing = [row for row in rows if row not in page]
     assert not missing, "\n".join(missing)
 
 

@@ -15,9 +15,10 @@ import torch
 from .. import costs
 from ..bench.settings import DTYPES
 from ..costs import Ceilings, Work
+from ..ops.joined import joined
 from ..ops.lowering import lower
 from ..ops.moves import Kernels
-from ..ops.work import peak_numbers, work
+from ..ops.work import joined_work, peak_numbers, work
 from ..plan import Plan
 from ..report.records import Record
 from ..spec import parse
@@ -150,11 +151,49 @@ def held_out(layers: Sequence[Measured], by: str) -> list[Check]:
     return found
 
 
+def unseen(records: Sequence[Record], ceilings: Ceilings) -> list[Check]:
+    """Layers of other records than those that the ceilings were fitted to, dense and as `auto` runs them, predicted.
+
+    Raises:
+        ValueError: where there is none, or one in numbers of another width than that of the ceilings.
+    """
+    found = []
+    for record in records:
+        config, metrics = record["config"], record["metrics"]
+        usable = record["kind"] == "bench" and record["status"] == "ok" and "backend" in config
+        if not usable or config["backend"] not in ("linear", "auto") or " " in config["structure"]:
+            continue
+        if itemsize_of(config["dtype"]) != ceilings.itemsize:
+            raise ValueError(f"{config['dtype']} is measured; the device is calibrated for {ceilings.itemsize} bytes")
+        shape, tokens = (config["out_features"], config["in_features"]), config["tokens"]
+        spec = Dense() if config["backend"] == "linear" else parse(config["structure"])
+        for mode, training in MODES.items():
+            ms = metrics.get(f"graph_{mode}_ms") or metrics.get(f"eager_{mode}_ms")
+            if ms is None:
+                continue
+            runs = _fastest(spec.plan(*shape), tokens, ceilings, training, record["device"]["type"])
+            layer = Measured(config["problem"], str(spec), shape, config["backend"], training, runs, ceilings.itemsize,
+                             ms / 1e3, None, 0)  # fmt: skip
+            found.append(Check(layer, costs.seconds(runs, ceilings)))
+    if not found:
+        raise ValueError("no record holds times of a layer, dense or by auto; give a file that structlin bench wrote")
+    return found
+
+
 def predicted(plan: Plan, tokens: int, ceilings: Ceilings, training: bool = True, device: str = "cuda") -> float:
-    """Seconds that a layer takes in a graph as `auto` runs it: by its steps or as one weight, whichever is faster."""
-    kernels = kernels_for(device, ceilings.itemsize)
-    steps = costs.seconds(work(lower(plan), plan.kept, tokens, kernels, training), ceilings)
-    return min(steps, costs.seconds(costs.composed_work(plan, tokens, training), ceilings))
+    """Seconds that a layer takes in a graph as `auto` runs it: by its steps, as one product where a sum can be joined,
+    or as one weight, whichever is fastest."""
+    return costs.seconds(_fastest(plan, tokens, ceilings, training, device), ceilings)
+
+
+def _fastest(plan: Plan, tokens: int, ceilings: Ceilings, training: bool, device: str) -> Work:
+    kernels, program = kernels_for(device, ceilings.itemsize), lower(plan)
+    if plan.is_dense:
+        return costs.dense_work(*plan.padded, tokens, training)
+    runs = [work(program, plan.kept, tokens, kernels, training), costs.composed_work(plan, tokens, training)]
+    if (how := joined(program)) is not None:
+        runs.append(joined_work(how, plan.kept, tokens, kernels, training))
+    return min(runs, key=lambda one: costs.seconds(one, ceilings))
 
 
 def memory(plan: Plan, tokens: int, itemsize: int, training: bool = True, device: str = "cuda") -> int:

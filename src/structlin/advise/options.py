@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import analysis, costs
+from .. import analysis
 from ..costs import Ceilings
 from ..ops import measure
 from ..ops.lowering import lower
@@ -73,8 +73,6 @@ def predicting(ceilings: Ceilings, tokens: int, training: bool, device: str = "c
     """A clock that predicts, for a type of device with these ceilings."""
 
     def clock(plan: Plan) -> float:
-        if plan.is_dense:
-            return costs.seconds(costs.dense_work(*plan.padded, tokens, training), ceilings)
         return predicted(plan, tokens, ceilings, training, device)
 
     return cache(clock)
@@ -83,19 +81,30 @@ def predicting(ceilings: Ceilings, tokens: int, training: bool, device: str = "c
 def measuring(device: torch.device, dtype: torch.dtype, tokens: int, training: bool) -> Clock:
     """A clock that runs each layer on ``device`` and takes the median, on a GPU as a CUDA graph would run it.
 
+    On a CPU a layer's time is in proportion to that of the dense layer right beside it: what else the machine does
+    slows both, and of many candidates the one that was lucky would be chosen.
+
     Raises:
         RuntimeError: from the clock, where a layer finds no memory.
     """
 
-    def clock(plan: Plan) -> float:
-        program = lower(plan)
-        found = measure.times(measure.Subject(program, plan.kept, dtype, tokens, device, training))
+    def once(plan: Plan) -> tuple[float, float | None]:
+        """Milliseconds of a layer, and where it was measured in turns with it, of the dense one."""
+        found = measure.times(measure.Subject(lower(plan), plan.kept, dtype, tokens, device, training))
         times = found["graph" if device.type == "cuda" else "eager"]
         # what runs on a CPU where nothing was tuned, and everywhere for a plain weight
-        if plan.is_dense or device.type != "cuda":
-            times = {name: ms for name, ms in times.items() if name == "bmm"}
-        if not times:
+        steps_alone = plan.is_dense or device.type != "cuda"
+        own = [ms for name, ms in times.items() if name == "bmm" or not steps_alone]
+        if not own:
             raise RuntimeError(f"{plan} for {tokens} tokens does not fit into the memory of {device}")
-        return min(times.values()) / 1e3
+        return min(own), None if training else times.get("dense")  # in training a dense weight is multiplied out
 
-    return cache(clock)
+    def clock(plan: Plan) -> float:
+        ms, beside = once(plan)
+        if device.type != "cuda" and not plan.is_dense:
+            dense = Dense().plan(plan.out_features, plan.in_features)
+            ms *= 1e3 * kept(dense) / (beside or once(dense)[0])
+        return ms / 1e3
+
+    kept = cache(clock)
+    return kept

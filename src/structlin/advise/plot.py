@@ -15,12 +15,12 @@ from .ceilings import Check
 
 
 def draw(checks: Mapping[str, Sequence[Check]], title: str) -> bytes:
-    """One panel for each way to hold layers out, as PNG. Needs matplotlib."""
+    """One panel for each way to hold layers out, by its name, as PNG. Needs matplotlib."""
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(checks), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        for axes, (by, found) in zip(figure.subplots(1, len(checks), squeeze=False)[0], checks.items(), strict=True):
+        for axes, (held, found) in zip(figure.subplots(1, len(checks), squeeze=False)[0], checks.items(), strict=True):
             times = [1e3 * check.layer.seconds for check in found]
             ends = [0.8 * min(times), 1.25 * max(times)]
             axes.plot(ends, ends, color="#999999", linewidth=1)
@@ -35,7 +35,7 @@ def draw(checks: Mapping[str, Sequence[Check]], title: str) -> bytes:
             axes.set_xlabel("measured, ms")
             axes.set_ylabel("predicted, ms")
             axes.legend(title="median error", loc="lower right")
-            axes.set_title(f"held out by {by}; grey: 15%", loc="left", **NOTE)
+            axes.set_title(f"{held}; grey: 15%", loc="left", **NOTE)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

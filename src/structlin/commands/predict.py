@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=whole, default=1, metavar="N", help="that train a decoder; default: 1")
     add("--tensor", type=whole, default=1, metavar="N", help="of these, how many share each layer; default: 1")
     add("--check", action="store_true", help="print errors of predictions for what the calibration did not see")
+    add("--against", metavar="FILE.json", help="with --check: other records of the device, to be predicted too")
     add("--plot", metavar="FILE.png", help="with --check: the picture of it")
 
 
@@ -49,7 +50,7 @@ def main(options: argparse.Namespace, command: str) -> int:
         _checked(options)
         found = records.read(options.source) if options.source else []
         if options.check:
-            check(found, options.plot)
+            check(found, records.read(options.against) if options.against else [], options.plot)
             return 0
         from ..advise.ceilings import fit, measured
 
@@ -69,8 +70,9 @@ def _checked(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {getattr(options, name)} is given; allowed: 1 or more")
     if options.check and not options.source:
         raise ValueError("--check: needs --from FILE.json, records to check against")
-    if options.plot and not options.check:
-        raise ValueError("--plot: is for --check")
+    for name in ("plot", "against"):
+        if getattr(options, name) and not options.check:
+            raise ValueError(f"--{name}: is for --check")
     if bool(options.what) == options.check:
         raise ValueError("give layers as SPEC@OUTxIN or SPEC@7b, or --check")
 
@@ -128,18 +130,21 @@ def _decoder(
     return lines
 
 
-def check(found: Sequence[Record], plot: str | None) -> None:
-    """Print the errors of predictions for layers that were held out; draw them into the file ``plot``."""
-    from ..advise.ceilings import held_out, measured
+def check(found: Sequence[Record], others: Sequence[Record], plot: str | None) -> None:
+    """Print the errors of predictions for layers that were held out of a fit to ``found``, and for all of ``others``;
+    draw them into the file ``plot``."""
+    from ..advise.ceilings import fit, held_out, measured, unseen
     from ..report.records import write_bytes
 
     layers = measured(found)
-    checks = {by: held_out(layers, by) for by in ("structure", "shape")}
-    for by, held in checks.items():
+    checks = {f"held out by {by}": held_out(layers, by) for by in ("structure", "shape")}
+    if others:
+        checks["other records"] = unseen(others, fit(layers))
+    for how, held in checks.items():
         errors = sorted(one.error for one in held)
         worst = max(held, key=lambda one: one.error)
         print(
-            f"held out by {by}: {len(errors)} times, median error {median(errors):.1%}, nine of ten within "
+            f"{how}: {len(errors)} times, median error {median(errors):.1%}, nine of ten within "
             f"{errors[int(0.9 * len(errors))]:.1%}, worst {worst.error:.1%} ({worst.layer.structure} by "
             f"{worst.layer.backend})"
         )
