@@ -108,9 +108,9 @@ def layer(shape: Shape, density: float, smoke: bool) -> Found:
     metrics: dict[str, float | int | None] = {}
     for name, module in modules.items():
         module.to(device, dtype)
-        call = run = module if smoke else compiled(module, tokens)
+        run = module if smoke else compiled(module, tokens)
         with torch.no_grad():
-            off = error(call(given), copy.deepcopy(module).double()(given.double()))
+            off = error(run(given), copy.deepcopy(module).double()(given.double()))
         if not off < 0.02:
             raise ValueError(f"{name} of {shape[0]}x{shape[1]} is {off:.3g} off itself in float64")
         metrics[f"{name}_error"] = off
