@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -360,7 +361,10 @@ def tables() -> dict[str, str]:
 
 def beyond() -> list[str]:
     """The sections of the modules claims_*.py beside this one: a title, a word before it, and a table of its rows."""
-    modules = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("claims_*.py"))]
+    here = Path(__file__).parent
+    if str(here) not in sys.path:  # where this module is imported and not run
+        sys.path.append(str(here))
+    modules = [import_module(path.stem) for path in sorted(here.glob("claims_*.py"))]
     return [
         "\n".join([f"### {module.TITLE}", "", module.INTRO, "", HEAD, *(row(*claim) for claim in module.ROWS)])
         for module in modules
