@@ -240,7 +240,7 @@ def test_random_masks_are_random_and_even():
 )
 def test_a_mask_that_does_not_fit_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        sl.BlockSparse(**{"nblocks": 4, "slots": 2, **fields})
+        sl.BlockSparse(**{"nblocks": 4, "slots": 2, **fields}).plan(12, 12)
 
 
 def test_factors_of_a_butterfly():

@@ -224,7 +224,6 @@ def magnitude_mask(weight: Tensor, nblocks: int, slots: int) -> BlockSparse:
     Raises:
         ValueError: for a weight that is no matrix, is not finite or on the meta device, and for sizes that do not fit.
     """
-    BlockSparse(nblocks, slots)
     if weight.dim() != 2 or weight.is_meta or not torch.isfinite(weight).all():
         raise ValueError(f"the weight is {tuple(weight.shape)} on {weight.device}; it must be a finite matrix")
     BlockSparse(nblocks, slots).plan(*weight.shape)

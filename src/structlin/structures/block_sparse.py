@@ -23,24 +23,17 @@ class BlockSparse(Spec):
     Factor ``sparse`` is (nblocks, rows of a cell, slots, columns of a cell), the cells of a row in ascending order; its
     density is slots / nblocks. ``mask`` is a seed, or the mask itself as ``0x`` and hexadecimal digits, four cells in
     each, row by row from the left; bits that are missing in the last digit are zero. `magnitude_mask` makes one from a
-    dense weight. A seed gives the same mask on every machine: what is random about it is in this file.
-
-    Raises:
-        ValueError: for more slots than blocks, and a mask that is none or has another number of cells in a row or
-            column.
+    dense weight. A seed gives the same mask on every machine: what is random about it is in this file. A mask of
+    another size, or with another number of cells in a row or column, has no plan.
     """
 
     nblocks: int = 16
     slots: int = 4
     mask: int | str = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _table(self) -> Table:
         if self.slots > self.nblocks:
             raise ValueError(f"slots={self.slots} exceeds nblocks={self.nblocks}; slots may be 1 to {self.nblocks}")
-        self._table()
-
-    def _table(self) -> Table:
         if isinstance(self.mask, str):
             return read_mask(self.mask, self.nblocks, self.slots)
         return random_table(self.nblocks, self.slots, self.mask)
