@@ -41,6 +41,7 @@ from structlin import analysis, recipes
 from structlin.bench.timing import Clock, capture, take_turns
 from structlin.machine import provenance
 from structlin.models.gpt import GPT, GPTConfig
+from structlin.models.mixer import Mixer
 from structlin.report import records
 from structlin.sparsity import block_sizes, pixelfly_within
 from structlin.spec import parse
@@ -139,30 +140,6 @@ def compiled(module: nn.Module, tokens: int) -> Any:
     return torch.compile(module, dynamic=False)
 
 
-class Mixer(nn.Module):
-    """MLP-Mixer (Tolstikhin et al. 2021): a stem over pixels, blocks over patches and channels, a classifier."""
-
-    def __init__(self, depth: int, width: int, patches: int, pixels: int, classes: int) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(pixels, width), nn.Linear(width, classes)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth + 1))
-        self.tokens = nn.ModuleList(_mlp(patches, width // 2) for _ in range(depth))
-        self.channels = nn.ModuleList(_mlp(width, 4 * width) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, patches, pixels) -> (batch, classes)."""
-        x = self.stem(x)
-        for i, (tokens, channels) in enumerate(zip(self.tokens, self.channels, strict=True)):
-            x = x + tokens(self.norms[2 * i](x).mT).mT
-            x = x + channels(self.norms[2 * i + 1](x))
-        y: Tensor = self.head(self.norms[-1](x).mean(1))
-        return y
-
-
-def _mlp(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
 class Loss(nn.Module):
     """A classifier's loss as one module."""
 
@@ -190,9 +167,9 @@ def build(name: str, smoke: bool) -> tuple[nn.Module, tuple[Tensor, ...], int]:
     images, classes, depth = (2, 10, 1) if smoke else (128, 1000, 12)
     labels = torch.randint(classes, (images,))
     if name == "mixer_b":
-        patches, width = (16, 256) if smoke else (196, 768)
-        model: nn.Module = Mixer(depth, width, patches, 768, classes)
-        return Loss(model), (torch.randn(images, patches, 768), labels), images * patches
+        side, width, tokens, channels = (32, 256, 64, 1024) if smoke else (224, 768, 384, 3072)
+        model: nn.Module = Mixer(side, 8 if smoke else 16, 3, classes, width, depth, tokens, channels)
+        return Loss(model), (torch.randn(images, 3, side, side), labels), images * (16 if smoke else 196)
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4} if smoke else {}

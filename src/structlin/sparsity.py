@@ -85,7 +85,12 @@ class Sparsity:
         asked = f"{self.asked:.1%} was asked for"
         lines.append(f"{len(self.specs)} sparse layers have {self.density:.1%} of their dense weights; {asked}")
         lines.append(f"all {len(self.shapes)} linear layers have {self.overall:.1%}")
-        return "\n".join([*lines, *(f"{name} stays dense: {why}" for name, why in self.kept.items())])
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.kept.items():
+            reasons.setdefault(why, []).append(name)
+        for why, (first, *more) in reasons.items():
+            lines.append(f"{first} and {len(more)} more stay dense: {why}" if more else f"{first} stays dense: {why}")
+        return "\n".join(lines)
 
 
 def sparsify(
