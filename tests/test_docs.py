@@ -94,7 +94,6 @@ def test_problems_page_runs(
     assert (tmp_path / "mirror" / "record.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_sparsify_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "sparsify.md").read_text()
     for _, code in blocks(ROOT / "docs" / "sparsify.md"):
@@ -102,6 +101,7 @@ def test_sparsify_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"```\n{capsys.readouterr().out}```" in page
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_convert_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
