@@ -98,8 +98,9 @@ def smoke(base: Mapping[str, Any]) -> Iterator[Run]:
 def line(record: Record) -> str:
     """What came out, in a line."""
     metrics = record["metrics"]
+    names = "", "sense_", "scaled_sense_", "zero_filled_"
     parts = [f"{name or 'model'} {metrics[f'test_{name}psnr_db']:.2f} dB {metrics[f'test_{name}ssim']:.4f}"
-             for name in ("", "sense_", "zero_filled_") if f"test_{name}psnr_db" in metrics]  # fmt: skip
+             for name in names if f"test_{name}psnr_db" in metrics]  # fmt: skip
     return f"{record['name']}: {', '.join(parts)}; {metrics['train_seconds']:.1f} s"
 
 

@@ -297,7 +297,7 @@ def test_a_run_beats_sense_and_reports_everything(folder: Path, tmp_path: Path) 
     (record,) = records.read(tmp_path / "run" / "record.json")
     metrics = {name: value for name, value in record["metrics"].items() if value is not None}
     for part in ("", "head_", "measured_"):
-        for method in ("", "sense_", "zero_filled_"):
+        for method in ("", "sense_", "scaled_sense_", "zero_filled_"):
             assert 5 < metrics[f"test_{part}{method}psnr_db"] < 60
             assert 0 < metrics[f"test_{part}{method}ssim"] < 1
     assert metrics["test_psnr_db"] > metrics["test_sense_psnr_db"]
@@ -343,7 +343,8 @@ def claims() -> Any:
 
 
 def a_run(name: str, psnr: float) -> Any:
-    metrics = {"test_psnr_db": psnr, "test_ssim": psnr / 50, "test_sense_psnr_db": 30.0, "test_sense_ssim": 0.6,
+    metrics = {"test_psnr_db": psnr, "test_ssim": psnr / 50, "test_scaled_sense_psnr_db": 30.0,
+               "test_scaled_sense_ssim": 0.6,
                "model_params": 7 if name.startswith("monarch") else 1400}  # fmt: skip
     where = {"kind": "train", "created": "2026-01-01T00:00:00+00:00", "command": "", "seed": 0, "commit": None}
     rest = {"device": {"type": "cpu"}, "versions": {}, "config": {}, "status": "ok", "error": None}

@@ -145,9 +145,14 @@ class MriProblem(Problem):
     def test(self, model: nn.Module) -> dict[str, float]:
         """The same of every other part, and of zero-filling and SENSE on it: ``test_NAME_METHOD_psnr_db``, ..._ssim.
 
-        Of the slices NAME is left out, and of the model METHOD is: ``test_psnr_db``, ``test_sense_psnr_db``.
+        Of the slices NAME is left out, and of the model METHOD is: ``test_psnr_db``, ``test_sense_psnr_db``. Scaled
+        SENSE is SENSE times the one factor that brings it nearest to the truth of the training slices, as Tikhonov's
+        term makes images darker.
         """
-        scores = {"test_sense_weight": self.weight}
+        train = self.parts["train"]
+        dark = train.sense.abs()
+        scale = ((dark * train.truth).sum() / dark.square().sum()).item()
+        scores = {"test_sense_weight": self.weight, "test_sense_scale": scale}
         for name, part in self.parts.items():
             if name in ("train", "valid"):
                 continue
@@ -155,6 +160,7 @@ class MriProblem(Problem):
             scores |= _scores(where, self._found(model, part), part.truth)
             scores |= _scores(where + "zero_filled_", part.zero_filled.abs(), part.truth)
             scores |= _scores(where + "sense_", part.sense.abs(), part.truth)
+            scores |= _scores(where + "scaled_sense_", scale * part.sense.abs(), part.truth)
         return scores
 
     def picture(self, model: nn.Module, series: dict[str, list[float]], path: Path) -> None:
