@@ -312,14 +312,9 @@ def advice_rows() -> list[str]:
 
 
 def advice_on_text_rows() -> list[str]:
-    """The table of docs/advise.md on perplexity, from the records that it quotes."""
-    found = [
-        record
-        for name in ("advise-perplexity-cpu", "advise-perplexity-families-cpu")
-        for record in records.read(ROOT / "results" / f"{name}.json")
-    ]
-    rows = {}
-    for record in found:
+    """The table of docs/advise.md on perplexity, from the record that it quotes."""
+    rows = []
+    for record in records.read(ROOT / "results" / "advise-perplexity-cpu.json"):
         metrics, name = record["metrics"], record["name"].partition(", params=")[0]
         cells = [
             record["config"].get("budget", "-").removeprefix("params="),
@@ -331,8 +326,8 @@ def advice_on_text_rows() -> list[str]:
             if f"gain_{text}" in metrics:
                 gain = f"{metrics[f'gain_{text}']:.2f} ± {metrics[f'gain_{text}_stderr']:.2f}"
             cells += [f"{math.exp(loss):.1f}", f"{loss:.2f} ± {metrics[f'loss_{text}_stderr']:.2f}", gain]
-        rows.setdefault(record["name"], f"| {' | '.join(cells)} |")
-    return list(rows.values())
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def advice_in_time_rows() -> list[str]:
