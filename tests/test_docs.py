@@ -430,3 +430,21 @@ def test_building_table_is_that_of_the_record() -> None:
     page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
     missing = [row for row in building_rows() if row not in page]
     assert not missing, "\n".join(missing)
+
+
+def test_the_table_of_mri_is_that_of_the_record() -> None:
+    page = (ROOT / "docs" / "mri.md").read_text(encoding="utf-8")
+    runs = {record["name"]: record["metrics"] for record in records.read(ROOT / "results" / "mri-cpu.json")}
+    columns = [("monarch_sense", f"{method}_") for method in ("zero_filled", "sense", "scaled_sense")]
+    for acceleration in (2, 4, 8):
+        cells = []
+        for model, method in [*columns, ("monarch_sense", ""), ("unet", "")]:
+            found = [runs[f"{model}-{acceleration}x-s{seed}"] for seed in range(3)]
+            psnr, ssim = (sum(run[f"test_{method}{name}"] for run in found) / 3 for name in ("psnr_db", "ssim"))
+            cells.append(f"{psnr:.2f} / {ssim:.3f}")
+        assert f"| {acceleration}x | {' | '.join(cells)} |" in page
+    for shots, ours, theirs in ((1, "17.45", "20.97"), (5, "20.24", "21.12"), (20, "22.08", "21.24")):
+        few = [runs[f"monarch_sense-shots{shots}-4x-s{seed}"] for seed in range(3)]
+        means = [f"{sum(run[name] for run in few) / 3:.2f}" for name in ("test_psnr_db", "test_scaled_sense_psnr_db")]
+        assert means == [ours, theirs]
+        assert ours in page
