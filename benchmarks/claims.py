@@ -245,12 +245,14 @@ NARROW = "einsum:theta=0.67x0x0.33x0x0.67x0.33x0"
 KRONECKER, TRAIN = "einsum:theta=0.5x0.5x0x0.5x0.5x0x0", "einsum:theta=0.5x0.5x0x0.5x0.5x0x0.25"
 
 
-def on_teacher(ours: list[str], others: list[str], above: float | None) -> Callable[[], Finding]:
+def on_teacher(
+    ours: list[str], others: list[str], above: float | None, name: str = "taxonomy-cpu"
+) -> Callable[[], Finding]:
     """Ratio of losses at equal FLOPs on the synthetic teacher, with its 95% interval over seeds: all of it has to lie
     above ``above``, or, for None, none of it more than 5% above 1."""
 
     def measure() -> Finding:
-        runs = curves.by_structure(curves.curves(named("taxonomy-cpu").values()))
+        runs = curves.by_structure(curves.curves(named(name).values()))
         if not {*ours, *others} <= set(runs):
             return None
         found = laws.paired(runs, ours, others)
@@ -259,6 +261,13 @@ def on_teacher(ours: list[str], others: list[str], above: float | None) -> Calla
 
     return measure
 
+
+TAXONOMY: list[tuple[str, tuple[list[str], list[str], float | None]]] = [
+    ("omega > 0 does worse than omega = 0", ([KRONECKER, TRAIN], FULL, 1.0)),
+    ("psi < 1 does worse than psi = 1: low rank", (LOW_RANK, FULL, 1.0)),
+    ("the same: another point, psi = 2/3", ([NARROW], FULL, 1.0)),
+    ("omega = 0, psi = 1 does as well as dense", (FULL, ["dense"], None)),
+]
 
 ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
     "dyad": [
@@ -281,10 +290,11 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
     "einsum": [
         ("best learning rates differ greatly", "no number", "Qiu et al. 2024, abstract", rates),
         ("BTT matches a dense ViT-S/32", "3.8 times less compute", "Qiu et al. 2024, abstract", never),
-        ("omega > 0 does worse than omega = 0", "no number", EINSUM, on_teacher([KRONECKER, TRAIN], FULL, 1.0)),
-        ("psi < 1 does worse than psi = 1: low rank", "no number", EINSUM, on_teacher(LOW_RANK, FULL, 1.0)),
-        ("the same: another point, psi = 2/3", "no number", EINSUM, on_teacher([NARROW], FULL, 1.0)),
-        ("omega = 0, psi = 1 does as well as dense", "no number", EINSUM, on_teacher(FULL, ["dense"], None)),
+        *(
+            (claim + said, "no number", EINSUM, on_teacher(*compared, record))
+            for record, said in (("taxonomy-cpu", ""), ("taxonomy-h200", ", teacher 1024 wide"))
+            for claim, compared in TAXONOMY
+        ),
         *(
             (
                 f"BTT-MoE beats {said} at equal {'FLOPs' if what == 'flops' else what}, width {width}",
