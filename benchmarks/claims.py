@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
+from evidence import Finding, finished
 from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MONARCHS, REVERSED, speed, spread
 
-from structlin.report import records
 from structlin.report.records import Record
 from structlin.scaling import curves, laws
 
@@ -29,8 +28,6 @@ NOTHING = "not run yet"
 GLUE = {"sst2": "accuracy", "mrpc": "f1", "cola": "matthews"}
 
 Named = Mapping[str, Record]
-Finding = tuple[str, bool] | None
-"""What was measured, in words, and whether that is what was claimed; None where a record is missing."""
 
 
 def row(claim: str, published: str, source: str, measure: Callable[[], Finding]) -> str:
@@ -42,9 +39,7 @@ def row(claim: str, published: str, source: str, measure: Callable[[], Finding])
 
 def named(name: str) -> Named:
     """The finished records of results/NAME.json by their name, none where the file is missing."""
-    path = ROOT / "results" / f"{name}.json"
-    found = records.read(path) if path.exists() else []
-    return {record["name"]: record for record in found if record["status"] == "ok"}
+    return finished(ROOT / "results" / f"{name}.json")
 
 
 def of_seeds(found: Named, prefix: str) -> list[Record]:
@@ -371,10 +366,7 @@ def tables() -> dict[str, str]:
 
 def beyond() -> list[str]:
     """The sections of the modules claims_*.py beside this one: a title, a word before it, and a table of its rows."""
-    here = Path(__file__).parent
-    if str(here) not in sys.path:  # where this module is imported and not run
-        sys.path.append(str(here))
-    modules = [import_module(path.stem) for path in sorted(here.glob("claims_*.py"))]
+    modules = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("claims_*.py"))]
     return [
         "\n".join([f"### {module.TITLE}", "", module.INTRO, "", HEAD, *(row(*claim) for claim in module.ROWS)])
         for module in modules

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from structlin.report import records
+from evidence import Finding, finished
+
 from structlin.report.records import Record
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "attention-h200.json"
@@ -15,13 +16,10 @@ INTRO = (
     "beside PyTorch's fastest dense attention, and quality is that of a language model ([attention.md](attention.md))."
 )
 
-Finding = tuple[str, bool] | None
-
 
 def found() -> Mapping[str, Record]:
     """The finished records by name."""
-    kept = records.read(RESULTS) if RESULTS.exists() else []
-    return {record["name"]: record for record in kept if record["status"] == "ok"}
+    return finished(RESULTS)
 
 
 def speed(prefix: str, budget: str, least: float) -> Finding:

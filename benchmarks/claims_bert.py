@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from evidence import Finding, finished
 from language_plans import speed, spread
 
-from structlin.report import records
 from structlin.report.records import Record
 
 TITLE = "BERT"
@@ -18,13 +18,10 @@ SWITCH = 0.7  # share of the updates before the switch to dense weights, as publ
 TASKS = ("sst2", "mrpc", "cola", "rte")
 PATH = Path(__file__).resolve().parents[1] / "results" / "bert-h200.json"
 
-Finding = tuple[str, bool] | None
-
 
 def found() -> dict[str, Record]:
     """The finished records by name."""
-    read = records.read(PATH) if PATH.exists() else []
-    return {record["name"]: record for record in read if record["status"] == "ok"}
+    return finished(PATH)
 
 
 def seeds(name: str) -> list[Record]:

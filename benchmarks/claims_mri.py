@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from structlin.report import records
+from evidence import Finding, finished
+
 from structlin.report.records import Record
 
 PATH = Path(__file__).resolve().parents[1] / "results" / "mri-h200.json"
@@ -17,13 +18,12 @@ INTRO = (
     "brightness are tuned on training slices."
 )
 SEEDS, FEW = range(3), (1, 5, 20, 100)
-Finding = tuple[str, bool] | None
 Measure = Callable[[], Finding]
 
 
 def found(path: Path = PATH) -> dict[str, Record]:
     """The finished runs by name."""
-    return {r["name"]: r for r in records.read(path) if r["status"] == "ok"} if path.exists() else {}
+    return finished(path)
 
 
 def value(record: Record, name: str) -> float:

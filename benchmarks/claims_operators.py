@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from structlin.report import records
+from evidence import Finding, finished
 
 TITLE = "Operators of differential equations"
 INTRO = (
@@ -24,13 +24,11 @@ PUBLISHED = {
     "unet": {"1e-3": 0.025, "1e-4": 0.205, "1e-5": 0.198},
 }
 NAMES = {"fno": "FNO", "monarch_no": "Monarch-NO", "unet": "U-Net"}
-Finding = tuple[str, bool] | None
 
 
 def errors(model: str, flow: str) -> list[float]:
     """Test errors of all seeds of a model."""
-    found = records.read(RECORDS) if RECORDS.exists() else []
-    runs = [r for r in found if r["status"] == "ok" and re.fullmatch(rf"{model}-{re.escape(flow)}-s\d+", r["name"])]
+    runs = [r for name, r in finished(RECORDS).items() if re.fullmatch(rf"{model}-{re.escape(flow)}-s\d+", name)]
     return [float(run["metrics"]["test_relative_l2"] or 0.0) for run in runs]
 
 

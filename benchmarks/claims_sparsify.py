@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 
-from structlin.report import records
+from evidence import Finding, finished
+
 from structlin.report.records import Record
 
 TITLE = "Pixelfly for whole models"
@@ -18,13 +19,11 @@ INTRO = (
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "sparsify-h200.json"
 NAMES = {"gpt2_medium": "GPT-2 medium", "vit_b": "ViT-B", "mixer_b": "Mixer-B"}
 MASKS = ("random", "magnitude")
-Finding = tuple[str, bool] | None
 
 
 def found() -> dict[str, Record]:
     """The finished records by name, none where the file is missing."""
-    kept = records.read(RESULTS) if RESULTS.exists() else []
-    return {record["name"]: record for record in kept if record["status"] == "ok"}
+    return finished(RESULTS)
 
 
 def over_butterfly() -> Finding:

@@ -9,14 +9,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from evidence import Finding, finished
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from structlin.problems.vision.metrics import seconds_to
-from structlin.report import records
 from structlin.report.records import Record
-
-Finding = tuple[str, bool] | None
 
 TITLE = "Vision"
 INTRO = (
@@ -33,9 +31,7 @@ COLOURS = {"dense": "#222222", "monarch4": "#0072b2", "dyad8": "#d55e00", "dyad4
 
 def named(device: str = "h200") -> dict[str, Record]:
     """The finished records of one device by name, none where the file is missing."""
-    path = RESULTS / f"vision-{device}.json"
-    found = records.read(path) if path.exists() else []
-    return {record["name"]: record for record in found if record["status"] == "ok"}
+    return finished(RESULTS / f"vision-{device}.json")
 
 
 def seeds(found: dict[str, Record], recipe: str) -> dict[str, list[Record]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import importlib.util
 import io
 import os
 import struct
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripts import script
 from torch import Tensor
 
 import structlin as sl
@@ -331,17 +331,6 @@ def test_few_slices_are_the_first_of_more(folder: Path) -> None:
 # claims
 
 
-def claims() -> Any:
-    """The script of rows, as a module."""
-    path = Path(__file__).parents[1] / "benchmarks" / "claims_mri.py"
-    spec = importlib.util.spec_from_file_location("claims_mri", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def a_run(name: str, psnr: float) -> Any:
     metrics = {"test_psnr_db": psnr, "test_ssim": psnr / 50, "test_scaled_sense_psnr_db": 30.0,
                "test_scaled_sense_ssim": 0.6,
@@ -352,7 +341,7 @@ def a_run(name: str, psnr: float) -> Any:
 
 
 def test_claims_follow_from_records(tmp_path: Path) -> None:
-    module, path = claims(), tmp_path / "records.json"
+    module, path = script("claims_mri"), tmp_path / "records.json"
     assert module.above_sense("", (2,), path) is module.few_shot(path) is module.smaller(path) is None
     few = [a_run(f"{method}-shots{n}-4x-s{s}", 32 - n / 20 if method == "monarch_sense" else 28 + n / 20)
            for method in ("monarch_sense", "unet") for n in (1, 5, 20, 100) for s in range(3)]  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 from structlin.report import records
 
@@ -16,12 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mup.py"
 
 @pytest.fixture(scope="module")
 def mup():
-    spec = importlib.util.spec_from_file_location("mup", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mup"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["mup"]
+    return script("mup")
 
 
 def record(width, rule, losses, seed=0):

@@ -105,6 +105,14 @@ def test_a_run_learns_and_leaves_record_model_and_picture(tmp_path: Path, fields
     assert len(structured) == {"structure": 2, "transform": 1}.get(next(iter(fields), ""), 0)
 
 
+def test_the_last_update_is_measured_whatever_the_intervals(tmp_path: Path) -> None:
+    said: list[str] = []
+    record = train(toy(steps=33), tmp_path, "c", said.append)
+    assert record["series"]["step"] == [20, 33]
+    assert any(line.startswith("step 33 of 33, 0 s left") for line in said)
+    assert record["metrics"]["steps"] == 33
+
+
 class Killed(BaseException):
     pass
 

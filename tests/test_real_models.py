@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import lzma
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
 import structlin as sl
 from structlin.report import records
@@ -27,13 +27,7 @@ SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 1, "n
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("real_models", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["real_models"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("real_models")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

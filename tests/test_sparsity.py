@@ -1,13 +1,12 @@
 """Pixelfly for whole models: budgets are kept, blocks are those that were asked for, what stays dense says why."""
 
-import importlib.util
 import itertools
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 from torch import nn
 
 import structlin as sl
@@ -259,14 +258,8 @@ def test_all_factors_of_a_butterfly_reach_every_cell():
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """benchmarks/sparsify.py and its claims, which are no package."""
-    found = []
-    for name in ("sparsify", "claims_sparsify"):
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-        found.append(importlib.util.module_from_spec(spec))
-        sys.modules[f"benchmark_{name}"] = found[-1]
-        spec.loader.exec_module(found[-1])
-    return found
+    """benchmarks/sparsify.py and its claims."""
+    return script("sparsify"), script("claims_sparsify")
 
 
 def test_rivals_have_the_weights_of_pixelfly(benchmarks):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import lzma
 import os
 import re
 import shlex
-import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import script
 from torch import nn
 from torch.nn import functional as F
 
@@ -434,16 +432,6 @@ def test_commands_of_the_page_run(arrays: Path, tmp_path: Path, monkeypatch: pyt
 
 
 # the comparison on a GPU
-
-
-def script(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 claims = script("claims_vision")

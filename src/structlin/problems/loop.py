@@ -24,13 +24,13 @@ from ..optim import param_groups
 from ..report import records
 from ..report.records import Record
 from ..surgery import to_structured_
-from ..train import state
-from ..train.config import OptionError, device_of
-from ..train.folder import check_writable, claim, finished, locked
+from ..train import rules, state
+from ..train.config import device_of
+from ..train.folder import MODEL, RECORD, check_writable, claim, finished, locked
 from ..train.worker import DivergedError, peak_memory
 from .problem import Batch, Problem, ProblemRecipe
 
-CHECKPOINT, MODEL, PICTURE, RECORD = "checkpoint.safetensors", "model", "picture.png", "record.json"
+CHECKPOINT, PICTURE = "checkpoint.safetensors", "picture.png"
 Say = Callable[[str], None]
 
 
@@ -87,15 +87,9 @@ def check(recipe: ProblemRecipe, problem: Problem) -> None:
     Raises:
         OptionError: for a structure that does not fit, or layers that are not there.
     """
-    rules = problem.rules()
     with torch.device("meta"):
         model = problem.model()
-    try:
-        to_structured_(model, rules, init=recipe.init, dry_run=True)
-    except ValueError as error:
-        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        also = f" (and {len(more)} more)" if more else ""
-        raise OptionError("--structure, --layers", f"{first}{also}") from None
+    rules.check(model, problem.rules(), recipe.init)
 
 
 class Run:
@@ -175,8 +169,7 @@ class Run:
 
     def due(self, name: str) -> bool:
         """Whether what ``NAME_every`` counts is to be done after the last update."""
-        step = self.state.step
-        return bool(step % getattr(self.recipe, f"{name}_every") == 0) or step == self.recipe.steps
+        return self.recipe.due(name, self.state.step)
 
     def evaluate(self) -> None:
         """Measure on validation data; adds a point to the curves.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import Spec, parse
-from ..train.config import OptionError
+from ..spec import Spec
+from ..train import rules
 from ..train.settings import Settings
 
 Batch = tuple[Tensor, ...]
@@ -89,8 +89,5 @@ def chosen(recipe: Settings, known: dict[str, tuple[str, ...]]) -> dict[str, Spe
     """
     if recipe.structure == "dense":
         return {}
-    try:
-        spec = parse(recipe.structure)
-    except ValueError as error:
-        raise OptionError("--structure", str(error)) from None
-    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), spec)
+    structure = rules.spec("--structure", recipe.structure)
+    return dict.fromkeys(known.get(recipe.layers, tuple(recipe.layers.split())), structure)

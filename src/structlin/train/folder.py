@@ -17,7 +17,7 @@ from .config import OptionError
 from .settings import ELSEWHERE
 
 FORMAT = 1
-LOCK, RUN = ".lock", "run.json"
+LOCK, RUN, MODEL, RECORD = ".lock", "run.json", "model", "record.json"
 
 
 def check_writable(folder: Path) -> None:

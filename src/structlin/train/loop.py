@@ -25,7 +25,7 @@ from . import checkpoints, masked, model
 from .blame import blame
 from .checkpoints import Progress
 from .engine import Engine, accelerator_for
-from .folder import RUN, check_writable, claim, finished, locked
+from .folder import MODEL, RECORD, RUN, check_writable, claim, finished, locked
 from .masked import MaskedWindows
 from .monitor import Monitor, Say, check_trackers
 from .recipe import Recipe
@@ -33,8 +33,7 @@ from .tokens import Tokens, prepare
 from .windows import Windows, ahead, spread
 from .worker import DivergedError
 
-TOKENIZER, MODEL, RECORD = "tokenizer.json", "model", "record.json"
-PACKAGES = ("transformers", "accelerate", "tokenizers")
+TOKENIZER = "tokenizer.json"
 
 
 def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Record:
@@ -109,7 +108,7 @@ def _updates(engine: Engine, monitor: Monitor, fetch: Any, valid: Tensor, folder
             engine.warm_up(batch)
             monitor.start()
         engine.update(batch, step)
-        now = {name for name in ("log", "valid", "checkpoint") if _due(recipe, name, step + 1)}
+        now = {name for name in ("log", "valid", "checkpoint") if recipe.due(name, step + 1)}
         if now:
             monitor.read(step + 1)
         if "valid" in now:
@@ -171,10 +170,6 @@ def _write_config(trained: Any, path: Path) -> None:
     keep_attention(trained.config, path)
 
 
-def _due(recipe: Recipe, name: str, done: int) -> bool:
-    return bool(done % getattr(recipe, f"{name}_every") == 0) or done == recipe.steps
-
-
 def _claim(folder: Path, recipe: Recipe, tokens: Tokens, command: str) -> None:
     run = {"command": command, "recipe": recipe.to_dict(), "vocabulary": tokens.vocabulary}
     claim(folder, {**run, "data": tokens.about})
@@ -214,7 +209,7 @@ def _record(
         "peak_memory_bytes": progress.peak_memory,
     }
     where = provenance(command, recipe.seed, engine.device)
-    where["versions"] |= {name: metadata.version(name) for name in PACKAGES}
+    where["versions"] |= {name: metadata.version(name) for name in recipe.packages}
     config = {**recipe.to_dict(), "vocabulary": tokens.vocabulary, "text": tokens.about}
     config["processes"] = engine.accelerator.num_processes
     fields = {

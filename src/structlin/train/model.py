@@ -18,10 +18,9 @@ from ..models.flops import linear_flops
 from ..nn import Router, routing_loss
 from ..nn.pixelated import PixelatedAttention
 from ..optim import param_groups
-from ..spec import Spec, parse
+from ..spec import Spec
 from ..surgery import to_structured_
-from . import masked
-from .config import OptionError
+from . import masked, rules
 from .recipe import Recipe
 from .standard import is_standard, mix_
 
@@ -104,12 +103,7 @@ def check(recipe: Recipe) -> None:
     """
     with torch.device("meta"):
         model = dense(recipe, recipe.vocabulary)
-    try:
-        to_structured_(model, _rules(recipe), init=recipe.init, dry_run=True)
-    except ValueError as error:
-        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        also = f" (and {len(more)} more)" if more else ""
-        raise OptionError("--structure, --layers", f"{first}{also}") from None
+    rules.check(model, _rules(recipe), recipe.init)
 
 
 def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
@@ -193,32 +187,25 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
         return (
             round(linear_flops(model.get_submodule("bert")) + head) + recipe.depth * 4 * recipe.width * recipe.context
         )
-    dense = recipe.attention == "dense"
-    cost = PixelatedAttention.parse("pixelated" if dense else recipe.attention).cost(recipe.context)
-    pairs = cost.dense_pairs if dense else cost.pairs
+    if recipe.attention == "dense":
+        return linear_flops(model) + recipe.depth * 2 * recipe.width * (recipe.context + 1)
+    pairs = PixelatedAttention.parse(recipe.attention).cost(recipe.context).pairs
     return linear_flops(model) + recipe.depth * 4 * recipe.width * pairs // recipe.context
 
 
 def _rules(recipe: Recipe) -> dict[str, Spec | None]:
     """What `to_structured_` is given."""
-    rules: dict[str, Spec | None] = {}  # dense layers stay as transformers makes and draws them
+    found: dict[str, Spec | None] = {}  # dense layers stay as transformers makes and draws them
     if recipe.lm_head != "dense":
-        rules[HEADS.get(recipe.architecture, "lm_head")] = _spec("--lm-head", recipe.lm_head)
+        found[HEADS.get(recipe.architecture, "lm_head")] = rules.spec("--lm-head", recipe.lm_head)
     if recipe.structure != "dense" and not is_standard(recipe):
         blocks = BLOCKS[recipe.architecture]
         known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
         chosen = known.get(recipe.layers, tuple(recipe.layers.split()))
         if recipe.layers == "mlp" and recipe.architecture in ATTENTION:
-            rules[f"{blocks}.{ATTENTION[recipe.architecture]}"] = None
-        rules |= dict.fromkeys(chosen, _spec("--structure", recipe.structure))
-    return rules
-
-
-def _spec(option: str, text: str) -> Spec:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise OptionError(option, str(error)) from None
+            found[f"{blocks}.{ATTENTION[recipe.architecture]}"] = None
+        found |= dict.fromkeys(chosen, rules.spec("--structure", recipe.structure))
+    return found
 
 
 @torch.no_grad()

@@ -95,6 +95,10 @@ class Settings:
         fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         return cls(**fields)
 
+    def due(self, name: str, done: int) -> bool:
+        """Whether what ``NAME_every`` counts is to be done after ``done`` updates; always after the last one."""
+        return bool(done % getattr(self, f"{name}_every") == 0) or done == self.steps
+
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at ``step``, counted from 0: a linear rise, then the schedule."""
         rise = math.ceil(self.warmup * self.steps)
