@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run stages of plans; 0 when all of them are in the records, 1 when something is left, 2 for bad options."""
     options = parse(arguments)
     begun = time.monotonic()
+    START["train"] = options.start
     out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
     place = Place(folder, Path(data) if data else None)
     try:
@@ -342,6 +343,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="folder of texts; default: STRUCTLIN_DATA")
     add("--gpus", type=int, default=1, help="processes side by side, each on a GPU of its own")
     add("--limit", type=float, default=570.0, help="seconds after which nothing runs any more")
+    add(
+        "--start",
+        type=float,
+        default=START["train"],
+        help="seconds that a run is thought to need beside its steps; about 35 where its code is compiled already",
+    )
     add("--dry-run", action="store_true", help="print what would run and how long it takes")
     return parser.parse_args(arguments)
 

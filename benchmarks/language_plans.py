@@ -180,7 +180,7 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
     2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
        each contender for half of that time, at its best rate of the sweep and half of it.
     3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
-       for a longer one if not (0.7 and 1); and the two fastest for 0.6 and 0.7 of it, becoming dense for the last
+       for a longer one if not (0.65 and 0.58); and the two fastest for 0.65 and 0.58 of it, becoming dense for the last
        fifth of their steps (reverse sparsification).
     4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
 
@@ -245,12 +245,12 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
             return [
                 budget(records, name, each, reach(name)[2]["config"]["lr"])
                 for name in tried
-                for each in ((0.7, 1.0) if reach(name)[0] == math.inf else (0.35, 0.42))
+                for each in ((0.65, 0.58) if reach(name)[0] == math.inf else (0.35, 0.42))
             ] + [
                 budget(records, name, each, reach(base)[2]["config"]["lr"])
                 for name, base in REVERSED.items()
                 if base in tried
-                for each in (0.7, 0.6)
+                for each in (0.65, 0.58)
             ]
         tried += [name for name in REVERSED if of(records, name)]
         runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]

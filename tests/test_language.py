@@ -79,10 +79,10 @@ def test_time_to_loss_follows_from_the_records() -> None:
             assert runs["w768-dyad8-all-x0.5-lr0.002-s0"].fields["steps"] == math.ceil(0.5 * 180 * 8e5 / plans.STEP)
         if stage == 3:
             assert "w768-dyad8-all-x0.42-lr0.002-s0" in runs
-            assert "w768-monarch8-all-x1-lr0.002-s0" in runs
-            reverse = runs["w768-dyad8-all-reverse-x0.6-lr0.002-s0"].fields
+            assert "w768-monarch8-all-x0.65-lr0.002-s0" in runs
+            reverse = runs["w768-dyad8-all-reverse-x0.58-lr0.002-s0"].fields
             assert (reverse["method"], reverse["switch"]) == ("sparsify_reverse", plans.SWITCH)
-            both = 0.6 * 180 / (plans.SWITCH / 8e5 + (1 - plans.SWITCH) / 6e5)
+            both = 0.58 * 180 / (plans.SWITCH / 8e5 + (1 - plans.SWITCH) / 6e5)
             assert reverse["steps"] == math.ceil(both / plans.STEP)
     assert {f"w768-dense-x1-lr0.002-s{seed}" for seed in (1, 2)} < set(runs)
     assert sum("-x0.5-" in name for name in runs) == 4, runs.keys()
@@ -109,7 +109,7 @@ def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> No
     rows = claims.time_rows()
     assert "| 768 | dyad8-all, 0.002 | 100M | 0.50 | 3.980 ± 0.000 (3 seeds) | yes |" in rows
     assert "| 768 | dense, 0.002 | 100M | 1.00 | 4.000 ± 0.000 (3 seeds) | yes |" in rows
-    assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 1.00") and row.endswith("| no |") for row in rows)
+    assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 0.65") and row.endswith("| no |") for row in rows)
     assert claims.dyad_steps("opt125m", 1.07)()[1] is True
     assert claims.dyad_steps("opt125m", 1.11)()[1] is False
     assert claims.dyad_steps("opt350m", 1.07)()[0].startswith("dyad4-it 1.10, dyad4-ot 1.00")
