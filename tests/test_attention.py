@@ -274,15 +274,33 @@ def test_whole_sequences_run_flex_attention_on_a_gpu_and_the_last_queries_do_not
 def test_flex_attention_is_always_compiled_and_its_limits_are_errors(monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
 
-    assert attention._flex() is not flex_attention
-    assert attention._flex() is attention._flex()
     mask = block_mask(SPECS[0], 29, "cpu")
+    assert attention._flex(mask.mask_mod) is not flex_attention
+    assert attention._flex(mask.mask_mod) is attention._flex(block_mask(SPECS[0], 30, "cpu").mask_mod)
+    assert attention._flex(mask.mask_mod) is not attention._flex(block_mask(SPECS[1], 29, "cpu").mask_mod)
     q, k, v = problem()
     with pytest.raises(ValueError, match=r"torch.float64 with head_dim=16 .* allowed on a GPU: float32"):
         attend(q, k, v, mask, None)
     small = [tensor.float()[..., :8] for tensor in (q, k, v)]
     with pytest.raises(ValueError, match="head_dim=8 and value_dim=8"):
         attend(*small, mask, None)
+
+
+def test_every_spec_and_length_of_a_process_has_its_own_mask(monkeypatch):
+    compiled = torch.compile
+    attention._compiled.cache_clear()
+    monkeypatch.setattr(attention, "runs_flex", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda run, fullgraph: compiled(run, backend="eager", fullgraph=fullgraph))
+    for length in (130, 200, 70):
+        q, k, v = (tensor.detach().float() for tensor in problem(queries=length, keys=length))
+        padding = torch.arange(length) < torch.tensor([[length], [length - 9]])
+        for spec in (PixelatedAttention(16, 1, 1), PixelatedAttention(16, 2, 0, causal=False)):
+            mask = by_factors(spec, length)
+            assert_close(pixelated_attention(q, k, v, spec), by_softmax(q, k, v, mask, 0.25), 1e-6)
+            padded = pixelated_attention(q, k, v, spec, padding=padding)
+            assert_close(padded, by_softmax(q, k, v, mask & padding[:, None, None], 0.25), 1e-6)
+    attention._compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> T
             f"{q.dtype} with head_dim={q.shape[-1]} and value_dim={v.shape[-1]} is given; allowed on a GPU: float32, "
             f"bfloat16, float16, and dims of {MIN_FLEX_DIM} or more"
         )
-    out: Tensor = _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    out: Tensor = _flex(mask.mask_mod)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out
 
 
@@ -140,7 +141,7 @@ def _ordered(table: Tensor) -> tuple[Tensor, Tensor]:
 # Numbers come in as defaults of arguments, which torch.compile takes as constants; a number in a closure that changes
 # would become a symbol.
 def _mask_mod(spec: PixelatedAttention) -> Callable[..., Tensor]:
-    shift, reach = spec.block_size.bit_length() - 1, 1 << spec.nfactors
+    shift, reach = spec.block_size.bit_length() - 1, 2**spec.nfactors
 
     def allowed(
         batch: Tensor, head: Tensor, query: Tensor, key: Tensor,
@@ -148,32 +149,50 @@ def _mask_mod(spec: PixelatedAttention) -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         return _sees(query, key, shift, reach, nglobal, causal)
 
-    return allowed
+    return _told_apart(allowed, spec)
 
 
 def _padded_mask_mod(spec: PixelatedAttention, padding: Tensor) -> Callable[..., Tensor]:
     seen = _mask_mod(spec)
 
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def padded(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return seen(batch, head, query, key) & padding[batch, key]
 
-    return allowed
+    return _told_apart(padded, spec)
 
 
-def _flex() -> Callable[..., Any]:
+def _told_apart(function: Callable[..., Tensor], spec: PixelatedAttention) -> Callable[..., Tensor]:
+    """``function`` with a code of its own for each spec: torch.compile takes functions of one code for one function,
+    whatever their defaults are, and would run every spec of a process under the mask of the first."""
+    if not torch.compiler.is_compiling():  # there the spec itself is guarded
+        function.__code__ = _code(function.__code__, spec)
+    return function
+
+
+@cache
+def _code(code: CodeType, spec: PixelatedAttention) -> CodeType:
+    return code.replace(co_name=f"{code.co_name}_{spec.block_size}_{spec.nfactors}_{spec.nglobal}_{spec.causal}")
+
+
+def _flex(mask_mod: Callable[..., Tensor]) -> Callable[..., Any]:
     """FlexAttention, compiled unless it is being compiled already: outside of that it would write out all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     flex: Callable[..., Any] = flex_attention
-    return flex if torch.compiler.is_compiling() else _compiled()
+    return flex if torch.compiler.is_compiling() else _compiled(mask_mod.__code__)
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
+def _compiled(code: CodeType) -> Callable[..., Any]:
+    """FlexAttention for masks of one code, so that each has all the variants that torch.compile allows a function."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    def flex(*args: Any, **options: Any) -> Any:
+        return flex_attention(*args, **options)
+
+    flex.__code__ = flex.__code__.replace(co_name=code.co_name)
     # fullgraph: too many recompilations are an error then, and not a way back to writing out all scores
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(flex, fullgraph=True)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> None:

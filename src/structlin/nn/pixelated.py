@@ -159,12 +159,12 @@ class PixelatedAttention:
 
     def linked(self, query_block: Tensor, key_block: Tensor) -> Tensor:
         """Whether blocks see each other, before causality: int tensors that broadcast -> bool."""
-        return _linked(query_block, key_block, 1 << self.nfactors, self.nglobal)
+        return _linked(query_block, key_block, 2**self.nfactors, self.nglobal)
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether the query at a position sees the key at another: int tensors that broadcast -> bool."""
         shift = self.block_size.bit_length() - 1
-        return _sees(query, key, shift, 1 << self.nfactors, self.nglobal, self.causal)
+        return _sees(query, key, shift, 2**self.nfactors, self.nglobal, self.causal)
 
     def mask(self, queries: int, keys: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The mask of the last ``queries`` of ``keys`` positions, bool ``[queries, keys]``; by default of all of them.
