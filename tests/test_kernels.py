@@ -164,7 +164,7 @@ def check_sets(device):
 def check_mixture(device):
     """Against all experts computed for every token, multiplied by a gate of zeros where they were not chosen."""
     from structlin.accuracy import assert_as_accurate
-    from structlin.kernels.routed import backward, forward
+    from structlin.kernels.routed import backward_first, backward_second, forward
     from structlin.kernels.sets import group
 
     poison(device)
@@ -187,7 +187,10 @@ def check_mixture(device):
 
         sets = group(chosen, experts)
         y, z = forward(x, first, second, gate, sets)
-        ours = [y, *backward(dy, x, first, second, gate, z, sets)]
+        dz, dsecond, parts = backward_second(dy, second, gate, z, sets)
+        dx, dfirst, none = backward_first(dz, x, first, sets)
+        assert none is None
+        ours = [y, dx, dfirst, dsecond, parts.sum(1).transpose(0, 1).flatten()[sets.place]]
         plain = formula(x, first, second, gate, dy)
         exact = formula(*(tensor.double() for tensor in (x, first, second, gate, dy)))
         for found, naive, true in zip(ours, plain, exact, strict=True):
@@ -197,28 +200,68 @@ def check_mixture(device):
             assert not ours[3][0].any()
 
 
+def check_route(device):
+    """Logits, choices and gates, and what comes back through them, beside autograd; logits that are no number too."""
+    from structlin.accuracy import assert_as_accurate, assert_close
+    from structlin.kernels.route import route, unroute
+    from structlin.kernels.sets import group
+    from structlin.kernels.tiles import TILE
+
+    poison(device)
+    for tokens, width, experts, top_k in ((70, 40, 5, 2), (130, 256, 8, 2), (64, 136, 3, 3), (3, 16, 16, 1)):
+        x, weight = (fenced(torch.randn(s, device=device).half()) for s in ((tokens, width), (experts, width)))
+        for bias in (None, torch.randn(experts, device=device)):
+            logits, gate, chosen = route(x, weight, bias, top_k)
+            exact = x.double() @ weight.double().T
+            assert_as_accurate(logits, x.float() @ weight.float().T, exact)
+            exact = logits.double().requires_grad_()
+            scores = logits if bias is None else logits + bias
+            assert torch.equal(chosen.sort(1).values, scores.topk(top_k, 1).indices.sort(1).values)
+            wanted = exact.gather(1, chosen).softmax(1)
+            assert_close(gate, wanted, 1e-6)
+            sets, digits = group(chosen, experts), 3
+            dgates, dlogits = torch.randn(digits + 1, tokens, top_k, device=device), torch.randn_like(logits)
+            by_place = torch.full((digits, top_k, len(sets.tile), TILE), float("nan"), device=device)
+            for part, dgate in zip(by_place, dgates, strict=False):
+                part.view(-1)[sets.place] = dgate
+            parts = by_place.permute(2, 0, 1, 3).contiguous()
+            for extra, lost in ((None, None), (dgates[-1], dlogits), (dgates[-1], None), (None, dlogits)):
+                ends = dgates[:-1].sum(0) if extra is None else dgates.sum(0)
+                (truth,) = torch.autograd.grad(wanted, exact, ends.double(), retain_graph=True)
+                truth = truth if lost is None else truth + lost.double()
+                assert_close(unroute(parts, extra, lost, gate, experts, sets), truth, 1e-5)
+    x[1, 0], x[2, 0] = float("nan"), float("inf")
+    _, gate, chosen = route(x, weight, None, top_k)
+    assert chosen.min() >= 0
+    assert chosen.max() < experts
+    assert not gate[1].isfinite().any()
+    assert gate[0].isfinite().all()
+
+
 def check_mixture_layer(device):
     """The layer takes the kernels, with every gradient of the formula, compiled too, and differentiable twice."""
     import structlin as sl
     from structlin.kernels.tiles import Sets
+    from structlin.nn import routing_loss, share_router_
     from structlin.ops import mixture
     from structlin.testing import assert_close, make, plain
 
     if device == "cpu":
         mixture._on = lambda *_: True
     poison(device)
-    layer = make(sl.btt_moe(2, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
-    x = torch.randn(130, 256, device=device, requires_grad=True)
+    layer = make(sl.btt_moe(3, 2, in_dims=(16, 16), out_dims=(16, 16)), (256, 256), device, torch.float32)
+    x = torch.randn(390, 256, device=device, requires_grad=True)
     wanted = [x, *layer.parameters()]
 
-    def gradients(y, **more):
-        return torch.autograd.grad(y.square().sum(), wanted, **more)
+    def gradients(y, **more):  # of losses on the logits too
+        return torch.autograd.grad(y.square().sum() + routing_loss(layer, 10.0, 1.0), wanted, **more)
 
     y, exact = layer(x), plain(layer, x)
     assert isinstance(layer.router.last.routes, Sets)
     assert_close(y, exact, 1e-6)
+    layer.router(x)  # by PyTorch
     truth = gradients(exact)
-    for found, true in zip(gradients(y), truth, strict=True):
+    for found, true in zip(gradients(layer(x)), truth, strict=True):
         assert_close(found, true, 1e-5)
     for found, true in zip(gradients(layer(x), create_graph=True), truth, strict=True):
         assert found.requires_grad
@@ -227,8 +270,26 @@ def check_mixture_layer(device):
     for found, true in zip(gradients(compiled(x)), truth, strict=True):
         assert_close(found, true, 1e-5)
     assert isinstance(layer.router.last.routes, Sets)
-    layer(x[:100])  # too few tokens for so many sets
-    assert not isinstance(layer.router.last.routes, Sets)
+    # a layer that follows sends the gradient of its gates to the router of the first
+    second = make(layer.spec, (256, 256), device, torch.float32)
+    share_router_(torch.nn.ModuleList([layer, second]))
+    shared = [x, layer.router.weight, *(getattr(second, name) for name in second.plan.factors)]
+    found = torch.autograd.grad((layer(x) + second(x)).square().sum(), shared)
+    truth = torch.autograd.grad((plain(layer, x) + plain(second, x)).square().sum(), shared)
+    for ours, true in zip(found, truth, strict=True):
+        assert_close(ours, true, 1e-5)
+    for tokens, size in (
+        (200, 1),
+        (100, 0),
+    ):  # too few for so many sets: a row for each expert of a token, or no kernels
+        some = x[:tokens]
+        y, exact = layer(some), plain(layer, some)
+        routes = layer.router.last.routes
+        assert (routes.unit.shape[1] if isinstance(routes, Sets) else 0) == size
+        assert_close(y, exact, 1e-6)
+        truth = torch.autograd.grad(exact.square().sum(), shared[:-2])
+        for ours, true in zip(torch.autograd.grad(y.square().sum(), shared[:-2]), truth, strict=True):
+            assert_close(ours, true, 1e-5)
 
 
 PAIRED = [  # tokens, blocks, n, k, slots, rank
@@ -309,7 +370,17 @@ def check_sums(device):
     chain.kernels_on = before
 
 
-CHECKS = [check_exchange, check_join, check_across, check_blocks, check_pair, check_sums, check_sets, check_mixture]
+CHECKS = [
+    check_exchange,
+    check_join,
+    check_across,
+    check_blocks,
+    check_pair,
+    check_sums,
+    check_sets,
+    check_mixture,
+    check_route,
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled where there is a GPU")

@@ -71,4 +71,6 @@ def few_sets(tokens: int, experts: int, top_k: int) -> bool:
 
 def fits(digits: tuple[int, int, int, int], top_k: int) -> bool:
     """Whether the kernels take these digits (c, a, f, o): rows of whole 16 bytes, a group of all experts in a tile."""
-    return all(digit % 8 == 0 and 16 <= digit <= 128 for digit in digits) and joined(top_k, digits[2]) <= MOST_ROWS
+    c, _, f, _ = digits
+    wide = max(joined(top_k, c), joined(top_k, f))
+    return all(digit % 8 == 0 and 16 <= digit <= 128 for digit in digits) and wide <= MOST_ROWS

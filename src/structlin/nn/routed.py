@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
-from ..ops.routed import arrange, multiply_routed, program, sorts_by_set
+from ..ops.routed import arrange, multiply_routed, program, size_of_sets
 from ..padding import described
 from ..plan import Plan
 from ..spec import Spec
@@ -105,9 +105,12 @@ class RoutedLinear(nn.Module):
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
             )
         tokens = x.reshape(-1, self.in_features)
-        routing = self.router(tokens, self._program) if self.leads else self._followed(tokens)
         factors = [getattr(self, name) for name in self.plan.factors]
-        y = multiply_routed(tokens, factors, routing.gate, routing.chosen, routing.routes, self._program)
+        if self.leads:
+            y = self.router.multiply(tokens, factors, self._program)
+        else:
+            _, gate, chosen, routes = self._followed(tokens)
+            y = multiply_routed(tokens, factors, gate, chosen, routes, self._program)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -120,7 +123,8 @@ class RoutedLinear(nn.Module):
                 f"{tokens.shape[0]} tokens follow a shared router that last saw {went}; the layer that leads must run "
                 "first, on the same tokens"
             )
-        if isinstance(last.routes, Sets) == sorts_by_set(tokens, self.spec.experts, self.spec.top_k, self._program):
+        size = last.routes.unit.shape[1] if isinstance(last.routes, Sets) else 0
+        if size == size_of_sets(tokens, self.spec.experts, self.spec.top_k, self._program):
             return last
         return last._replace(routes=arrange(tokens, last.chosen, self.spec.experts, self._program))
 

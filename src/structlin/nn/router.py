@@ -6,6 +6,7 @@ for. Nothing is read back from the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
 from ..ops.contract import autocast
-from ..ops.routed import Program, Routes, arrange, sort
+from ..ops.routed import Program, Routes, arrange, is_led, multiply_led, multiply_routed, sort
 
 BIAS_STEP = 0.001  # of the bias of an expert at each update (Wang et al. 2024)
 
@@ -97,23 +98,43 @@ class Router(nn.Module):
             ValueError: when input and weight differ in dtype, and under ``torch.autograd.detect_anomaly()`` for logits
                 that are not finite; without it the output of such a token is not finite either.
         """
-        x, weight = autocast(x), autocast(self.weight)
-        if x.dtype != weight.dtype:
-            raise ValueError(
-                f"the input is {x.dtype}, the layer {weight.dtype}; cast one of them, or run under torch.autocast"
-            )
+        x, weight = self._alike(x)
         logits = F.linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-            _refuse_what_is_not_finite(logits)
+        _refuse_what_is_not_finite(logits)
         scores = logits.detach()
-        if self.bias_steps is not None:
-            scores = scores + BIAS_STEP * self.bias_steps
+        if (bias := self._bias()) is not None:
+            scores = scores + bias
         chosen = scores.topk(self.top_k, dim=1).indices
         gate = logits.gather(1, chosen).softmax(1)
         routes = sort(chosen, self.experts) if program is None else arrange(x, chosen, self.experts, program)
         self.last = Routing(logits, gate, chosen, routes)
         return self.last
+
+    def multiply(self, x: Tensor, factors: Sequence[Tensor], program: Program) -> Tensor:
+        """`forward`, then the mixture of ``program``: (tokens, in_features) -> (tokens, out_features).
+
+        One operator where there are kernels of ours for it. Raises what both raise.
+        """
+        if not is_led(x, self.experts, self.top_k, program):
+            _, gate, chosen, routes = self(x, program)
+            return multiply_routed(x, factors, gate, chosen, routes, program)
+        x, weight = self._alike(x)
+        led = multiply_led(x, weight, self._bias(), factors, self.top_k, program)
+        _refuse_what_is_not_finite(led.logits)
+        self.last = Routing(led.logits, led.gate, led.chosen, led.sets)
+        return led.y
+
+    def _alike(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = autocast(x), autocast(self.weight)
+        if x.dtype != weight.dtype:
+            raise ValueError(
+                f"the input is {x.dtype}, the layer {weight.dtype}; cast one of them, or run under torch.autocast"
+            )
+        return x, weight
+
+    def _bias(self) -> Tensor | None:
+        return None if self.bias_steps is None else BIAS_STEP * self.bias_steps
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors of a graph can be neither copied nor pickled
@@ -125,6 +146,8 @@ class Router(nn.Module):
 
 
 def _refuse_what_is_not_finite(logits: Tensor) -> None:
+    if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
+        return
     wrong = int((~logits.isfinite()).any(1).sum())
     if wrong:
         raise ValueError(

@@ -7,7 +7,6 @@ inside; the gradient of a gradient runs as rows sorted by expert.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -33,21 +32,22 @@ for _schema in (
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 
 
-SWITCH = "STRUCTLIN_BY_SETS"
-"""The environment variable that has tokens sorted by set where it is 1. Off by default: this is not measured yet."""
-
-
 @constant_when_traced
 def _on(device: torch.device, dtype: torch.dtype) -> bool:
-    return os.environ.get(SWITCH) == "1" and kernels_on(device, dtype).tensor_memory
+    return kernels_on(device, dtype).tensor_memory
 
 
-def by_sets(x: Tensor, experts: int, top_k: int, digits: Sequence[Digits | None]) -> bool:
-    """Whether `mixture` runs all chains of these ``digits`` on the tokens ``x``: in half precision on Hopper, where
-    there are few sets of experts for so many tokens."""
-    if seen_through() or not _on(x.device, autocast_dtype(x)) or not few_sets(x.shape[0], experts, top_k):
-        return False
-    return all(chain is not None and fits(chain, top_k) for chain in digits)
+def set_size(x: Tensor, experts: int, top_k: int, digits: Sequence[Digits | None]) -> int:
+    """How many experts the sets have by which `mixture` runs all chains of these ``digits`` on the tokens ``x``, in
+    half precision on Hopper: ``top_k`` where there are few sets for so many tokens; 1, so that a token is a row for
+    each of its experts, where there are few experts for so many rows; 0 where it does not run them."""
+    if seen_through() or not _on(x.device, autocast_dtype(x)):
+        return 0
+    for size in (top_k, 1):
+        few = few_sets(x.shape[0] * top_k // size, experts, size)
+        if few and all(chain is not None and fits(chain, size) for chain in digits):
+            return size
+    return 0
 
 
 def group_by_set(chosen: Tensor, experts: int) -> Sets:
@@ -134,10 +134,13 @@ def _compute(
 def _compute_backward(
     dy: Tensor, x: Tensor, first: Tensor, second: Tensor, gate: Tensor, z: Tensor, sets: Sequence[Tensor]
 ) -> list[Tensor]:
-    from ..kernels.routed import backward
+    from ..kernels.routed import backward_first, backward_second
 
     dy, x, first, second = (aligned(tensor.contiguous()) for tensor in (dy, x, first, second))
-    return list(backward(dy, x, first, second, gate.contiguous(), z, Sets(*sets)))
+    there = Sets(*sets)
+    dz, dsecond, parts = backward_second(dy, second, gate.contiguous(), z, there)
+    dx, dfirst, _ = backward_first(dz, x, first, there)
+    return [dx, dfirst, dsecond, parts.sum(1).transpose(0, 1).flatten()[there.place].to(gate.dtype)]
 
 
 def _group(chosen: Tensor, experts: int) -> list[Tensor]:
@@ -185,8 +188,8 @@ def _fake_mixture(
 ) -> list[Tensor]:
     _register_flops()
     _, c, f, _ = first.shape
-    o, (top_k, places) = second.shape[2], sets[1].shape
-    return [x.new_empty(x.shape[0], f * o), x.new_empty(top_k, c, f, places)]
+    o, (tiles, top_k) = second.shape[2], sets[3].shape
+    return [x.new_empty(x.shape[0], f * o), x.new_empty(tiles, top_k, c, f, TILE)]
 
 
 def _fake_backward(
@@ -210,9 +213,14 @@ def _register_flops() -> None:
     # on first tracing, as the counter takes long to import
     from torch.utils.flop_counter import register_flop_formula
 
-    def flops(x: Sequence[int], first: Sequence[int], second: Sequence[int], gate: Sequence[int], *_: Any) -> int:
-        c, f, a = first[1:]
-        return 2 * x[0] * gate[1] * c * f * (a + second[2])
+    ops = torch.ops.structlin
+    register_flop_formula(ops.mixture)(lambda x, first, second, gate, *_, **__: flops(x, first, second, gate[1]))
+    register_flop_formula(ops.mixture_backward)(
+        lambda _dy, x, first, second, gate, *_, **__: 2 * flops(x, first, second, gate[1])
+    )
 
-    register_flop_formula(torch.ops.structlin.mixture)(lambda *given, **_: flops(*given))
-    register_flop_formula(torch.ops.structlin.mixture_backward)(lambda _dy, *given, **_: 2 * flops(*given))
+
+def flops(x: Sequence[int], first: Sequence[int], second: Sequence[int], top_k: int) -> int:
+    """Those of `mixture`, by the sizes of its arguments."""
+    c, f, a = first[1:]
+    return 2 * x[0] * top_k * c * f * (a + second[2])

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..kernels.tiles import Sets
 from ..plan import TOKENS, Axes, Plan, Table, Term
 from .contract import autocast
+from .led import Led, led_mixture
 from .lookup import collect, gather
-from .mixture import Digits, by_sets, group_by_set, mixture
+from .mixture import Digits, group_by_set, mixture, set_size
 from .ragged import ragged_mm
 
 
@@ -40,16 +41,22 @@ class Routes(NamedTuple):
     choice: Tensor
 
 
-def sorts_by_set(x: Tensor, experts: int, top_k: int, what: Program) -> bool:
-    """Whether `arrange` sorts the tokens ``x`` by set."""
-    return by_sets(x, experts, top_k, [chain.digits for chain in what.chains])
+def size_of_sets(x: Tensor, experts: int, top_k: int, what: Program) -> int:
+    """Of how many experts the sets are by which `arrange` sorts the tokens ``x``; 0 where it sorts by expert."""
+    return set_size(x, experts, top_k, [chain.digits for chain in what.chains])
+
+
+def is_led(x: Tensor, experts: int, top_k: int, what: Program) -> bool:
+    """Whether `multiply_led` takes the program: one term, sorted by all experts of a token, on features as they are."""
+    whole = len(what.chains) == 1 and not what.pad and what.keep is None
+    return whole and size_of_sets(x, experts, top_k, what) == top_k
 
 
 def arrange(x: Tensor, chosen: Tensor, experts: int, what: Program) -> Routes | Sets:
     """How the tokens ``x`` (tokens, in_features) are sorted for a program, by their ``chosen`` (tokens, top_k) experts,
-    int64: by set where `mixture` takes them, else by expert."""
-    if sorts_by_set(x, experts, chosen.shape[1], what):
-        return group_by_set(chosen, experts)
+    int64: by set where `mixture` takes them, of all experts of a token or of one, else by expert."""
+    if size := size_of_sets(x, experts, chosen.shape[1], what):
+        return group_by_set(chosen.reshape(-1, size), experts)
     return sort(chosen, experts)
 
 
@@ -230,12 +237,7 @@ def multiply_routed(
     Raises:
         ValueError: when the input and a factor differ in dtype.
     """
-    x, factors = autocast(x), [autocast(factor) for factor in factors]
-    for factor in factors:
-        if factor.dtype != x.dtype:
-            raise ValueError(
-                f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
-            )
+    x, *factors = _alike(x, factors)
     x = F.pad(x, (0, what.pad)) if what.pad else x
     first = 0
     y: Tensor | None = None
@@ -250,13 +252,44 @@ def multiply_routed(
     return y if what.keep is None else y[:, : what.keep].contiguous()
 
 
+def multiply_led(
+    x: Tensor, router: Tensor, bias: Tensor | None, factors: Sequence[Tensor], top_k: int, what: Program
+) -> Led:
+    """`multiply_routed` along what the router's weight (experts, in_features) chooses, as one operator, where `is_led`.
+
+    Raises:
+        ValueError: when the input and a factor differ in dtype.
+    """
+    (chain,) = what.chains
+    assert chain.digits is not None
+    c, a, f, o = chain.digits
+    x, first, second = _alike(x, factors)
+    return led_mixture(x, router, bias, first.reshape(-1, c, f, a), second.reshape(-1, f, o, c), top_k)
+
+
+def _alike(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """All of them in the dtype that they run in."""
+    x, factors = autocast(x), [autocast(factor) for factor in factors]
+    for factor in factors:
+        if factor.dtype != x.dtype:
+            raise ValueError(
+                f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
+            )
+    return [x, *factors]
+
+
 def _run_by_sets(
     x: Tensor, factors: Sequence[Tensor], gate: Tensor, chosen: Tensor, sets: Sets, chain: Chain
 ) -> Tensor:
     assert chain.digits is not None
     c, a, f, o = chain.digits
-    first, second = factors
-    return mixture(x, first.reshape(-1, c, f, a), second.reshape(-1, f, o, c), gate, chosen, sets)
+    first, second = factors[0].reshape(-1, c, f, a), factors[1].reshape(-1, f, o, c)
+    size, top_k = sets.unit.shape[1], chosen.shape[1]
+    if size == top_k:
+        return mixture(x, first, second, gate, chosen, sets)
+    rows = x[:, None].expand(-1, top_k, -1).reshape(-1, x.shape[1])  # a token for each of its experts
+    y = mixture(rows, first, second, gate.reshape(-1, size), chosen.reshape(-1, size), sets)
+    return y.view(-1, top_k, f * o).sum(1)
 
 
 def _run(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: Routes, chain: Chain) -> Tensor:
