@@ -1,6 +1,7 @@
 """Mixtures of experts in one linear layer, and in a whole block, beside dense ones. Writes records and prints them.
 
     PYTHONPATH=src python benchmarks/routed.py --out results/routed-h200.json
+    PYTHONPATH=src python benchmarks/routed.py --steps --out results/routed-steps-h200.json
 
 Layers: BTT-MoE of 8 experts, 2 for each token, beside nn.Linear and beside the same mixture with all experts computed
 and multiplied by a gate of zeros, as the published code does. Blocks: a decoder block with BTT-MoE in every linear
@@ -9,29 +10,38 @@ time is that of forward and backward, with the losses of the routers, replayed a
 is, under torch.compile, and with tokens sorted by expert alone. Routers are random, so that all experts have work.
 Nothing is timed before the mixture agrees with the one that computes all experts. Each problem runs in a process of its
 own, and again without a contender that fails, whose failure the record names; the file is written after each problem.
-Needs a CUDA device.
+With --steps
+the kernels of each layer are timed one by one instead, beside the bytes that they have to move, and for other sizes of
+their loops. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench_cudagraph
 
 import structlin as sl
 from structlin.bench.timing import Clock, capture, take_turns
+from structlin.kernels import route, routed
+from structlin.kernels.sets import group
 from structlin.machine import provenance
 from structlin.models.gpt import Block, GPTConfig, angles
 from structlin.nn import MoEFFN, RoutedLinear, Router, routing_load, routing_loss
 from structlin.ops import mixture
+from structlin.ops.routed import program
 from structlin.report import records
 from structlin.testing import error
 
@@ -185,6 +195,49 @@ def block(width: int, tokens: int, wrong: dict[str, str]) -> records.Record:
     return note(f"block of width {width}", config, metrics, wrong)
 
 
+def steps(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records.Record:
+    """Milliseconds of each kernel of a layer, and its terabytes a second, of the bytes that it has to move."""
+    in_features, out_features = shape
+    torch.manual_seed(SEED)
+    spec = sl.btt_moe(EXPERTS, TOP_K)
+    (chain,) = program(spec.expert_plan(out_features, in_features)).chains
+    assert chain.digits is not None
+    c, a, f, o = chain.digits
+
+    def rand(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device=DEVICE, dtype=DTYPE) * scale
+
+    x, dy, weight = rand(tokens, c * a), rand(tokens, f * o), rand(EXPERTS, c * a, scale=(c * a) ** -0.5)
+    first, second = rand(EXPERTS, c, f, a, scale=a**-0.5), rand(EXPERTS, f, o, c, scale=c**-0.5)
+    logits, gate, chosen = route.route(x, weight, None, TOP_K)
+    sets = group(chosen, EXPERTS)
+    _, z = routed.forward(x, first, second, gate, sets)
+    dz, _, parts = routed.backward_second(dy, second, gate, z, sets)
+    dlogits = route.unroute(parts, None, logits, gate, EXPERTS, sets)
+    between = tokens * TOP_K * c * f * 2
+    into, out = 2 * x.numel(), 2 * dy.numel()
+    runs: dict[str, tuple[int, Callable[[], object]]] = {
+        "route": (into, lambda: route.route(x, weight, None, TOP_K)),
+        "group": (0, lambda: group(chosen, EXPERTS)),
+        "forward": (into + 2 * between + out, lambda: routed.forward(x, first, second, gate, sets)),
+        "backward_second": (out + 2 * between, lambda: routed.backward_second(dy, second, gate, z, sets)),
+        "unroute": (4 * parts.numel(), lambda: route.unroute(parts, None, logits, gate, EXPERTS, sets)),
+        "backward_first": (between + 2 * into, lambda: routed.backward_first(dz, x, first, sets, dlogits, weight)),
+    }
+    metrics: dict[str, float] = {}
+    for name, (size, run) in runs.items():
+        metrics[f"{name}_ms"] = do_bench_cudagraph(run, rep=25, return_mode="median")
+        metrics[f"{name}_tb_per_s"] = size / metrics[f"{name}_ms"] * 1e-9
+    for part, warps in itertools.product((32, 64, 128), (4, 8)):
+        with mock.patch.object(routed, "PART", part), mock.patch.object(routed, "_warps", lambda *_, n=warps: n):
+            for name in ("forward", "backward_second", "backward_first"):
+                with suppress(OutOfResources):
+                    label = f"{name}_parts_of_{part}_{warps}_warps_ms"
+                    metrics[label] = do_bench_cudagraph(runs[name][1], rep=25, return_mode="median")
+    config = {"spec": str(spec), "shape": [out_features, in_features], "digits": [c, a, f, o], "tokens": tokens}
+    return note(f"steps of {in_features}->{out_features}", config | {"dtype": str(DTYPE)}, metrics, wrong)
+
+
 def apart(
     problem: Callable[[Any, int, dict[str, str]], records.Record], size: tuple[int, int] | int, tokens: int
 ) -> records.Record:
@@ -207,10 +260,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="times mixtures of experts beside dense layers")
     parser.add_argument("--out", required=True, help="file for the records, JSON")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--steps", action="store_true", help="time the kernels of each layer one by one")
     parser.add_argument("--blocks", type=int, nargs="*", default=[1024], help="widths of the blocks, none for no block")
     arguments = parser.parse_args()
     found: list[records.Record] = []
-    for problem, size in [*((layer, shape) for shape in SHAPES), *((block, width) for width in arguments.blocks)]:
+    problems = [*((layer, shape) for shape in SHAPES), *((block, width) for width in arguments.blocks)]
+    for problem, size in [(steps, shape) for shape in SHAPES] if arguments.steps else problems:
         found.append(apart(problem, size, arguments.tokens))
         records.write(arguments.out, found)
     ratios = [r["metrics"]["routed_over_dense"] for r in found if "routed_over_dense" in r["metrics"]]
