@@ -18,7 +18,6 @@ their loops. Needs a CUDA device.
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import statistics
 import sys
@@ -228,12 +227,13 @@ def steps(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records
     for name, (size, run) in runs.items():
         metrics[f"{name}_ms"] = do_bench_cudagraph(run, rep=25, return_mode="median")
         metrics[f"{name}_tb_per_s"] = size / metrics[f"{name}_ms"] * 1e-9
-    for part, warps in itertools.product((32, 64, 128), (4, 8)):
-        with mock.patch.object(routed, "PART", part), mock.patch.object(routed, "_warps", lambda *_, n=warps: n):
-            for name in ("forward", "backward_second", "backward_first"):
+    for part, warps, registers in ((64, 8, 0), (64, 8, 128), (32, 8, 0), (32, 8, 128), (64, 4, 0), (128, 8, 0)):
+        loop = {"num_stages": 3} | ({"maxnreg": registers} if registers else {})
+        with mock.patch.multiple(routed, PART=part, LOOP=loop, _warps=lambda *_, n=warps: n):
+            for name in ("backward_second", "backward_first"):
                 with suppress(OutOfResources):
-                    label = f"{name}_parts_of_{part}_{warps}_warps_ms"
-                    metrics[label] = do_bench_cudagraph(runs[name][1], rep=25, return_mode="median")
+                    taken = do_bench_cudagraph(runs[name][1], rep=25, return_mode="median")
+                    metrics[f"{name}_parts_of_{part}_{warps}_warps_{registers or 255}_registers_ms"] = taken
     config = {"spec": str(spec), "shape": [out_features, in_features], "digits": [c, a, f, o], "tokens": tokens}
     return note(f"steps of {in_features}->{out_features}", config | {"dtype": str(DTYPE)}, metrics, wrong)
 

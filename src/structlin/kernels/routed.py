@@ -20,6 +20,7 @@ from torch import Tensor
 from .tiles import TILE, Sets, block, joined
 
 PART = 64  # places that a sum over tokens takes at a time
+LOOP = {"num_stages": 3}  # how such a sum is compiled
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def backward_second(dy: Tensor, second: Tensor, gate: Tensor, z: Tensor, sets: S
     parts = torch.empty(units * top_k, f * o * c, device=dy.device, dtype=torch.float32)
     _second_backward[(units * f,)](
         dy, z, second, gate, dz, dgate, parts, sets.token, sets.choice, sets.unit, sets.first, sets.tiles, tokens,
-        places, c, f, o, top_k, block(c), block(o), wide, TILE, PART, num_warps=_warps(wide, block(o)), num_stages=3,
+        places, c, f, o, top_k, block(c), block(o), wide, TILE, PART, num_warps=_warps(wide, block(o)), **LOOP,
     )  # fmt: skip
     return dz, _added(parts, sets.unit, second), dgate
 
@@ -272,7 +273,7 @@ def backward_first(
     _first_backward[(units * c,)](
         dz, x, first, dz if dlogits is None else dlogits, x if router is None else router, dx, parts, of_router,
         sets.token, sets.unit, sets.first, sets.tiles, tokens, c, a, f, top_k, logits,
-        block(a), block(f), block(experts), wide, TILE, PART, num_warps=_warps(wide, block(a)), num_stages=3,
+        block(a), block(f), block(experts), wide, TILE, PART, num_warps=_warps(wide, block(a)), **LOOP,
     )  # fmt: skip
     return dx, _added(parts, sets.unit, first), None if router is None else of_router.sum(0).to(router.dtype)
 
