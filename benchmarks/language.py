@@ -50,15 +50,20 @@ GLUE_STEPS = 800
 
 @dataclass(frozen=True)
 class Job:
-    """One process: a part of a run, "train", "eval" or "glue:TASK"."""
+    """One process: a part of a run, "train", "eval" or "glue:TASK".
+
+    ``start`` is what it needs in seconds beside the training steps, None for what that is thought to be.
+    """
 
     run: Run
     part: str
+    start: float | None = None
 
     @property
     def seconds(self) -> float:
         """What it is expected to take."""
-        start = START[self.part.partition(":")[0]] * max(1.0, recipes.find(self.run.recipe).depth / 18)
+        start = START[self.part.partition(":")[0]] if self.start is None else self.start
+        start *= max(1.0, recipes.find(self.run.recipe).depth / 18)
         return start + (1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0)
 
     @property
@@ -70,8 +75,8 @@ class Job:
 class Place:
     """Where runs lie, what their data is, and how a job is started."""
 
-    def __init__(self, folder: Path, data: Path | None) -> None:
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: Path | None, beside: float | None = None) -> None:
+        self.folder, self.data, self.beside = folder, data, beside  # beside: the ``start`` of training jobs
 
     def file(self, kind: str, name: str) -> Path | None:
         assert self.data is not None
@@ -128,7 +133,7 @@ class Place:
 
     def missing(self, run: Run, kept: Record | None) -> list[Job]:
         """The jobs of ``run`` that neither its folder nor its record has."""
-        wanted = [Job(run, part) for part in ("train", *run.parts)]
+        wanted = [Job(run, "train", self.beside), *(Job(run, part) for part in run.parts)]
         names = {job.part for job in wanted}
         if kept and is_of(kept, run) and (kept["status"] == "failed" or names <= set(kept["config"]["parts"])):
             return []
@@ -236,9 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run stages of plans; 0 when all of them are in the records, 1 when something is left, 2 for bad options."""
     options = parse(arguments)
     begun = time.monotonic()
-    START["train"] = options.start
     out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
-    place = Place(folder, Path(data) if data else None)
+    place = Place(folder, Path(data) if data else None, options.start)
     try:
         stages = [_stage(text) for text in options.plans]
         books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
@@ -343,12 +347,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="folder of texts; default: STRUCTLIN_DATA")
     add("--gpus", type=int, default=1, help="processes side by side, each on a GPU of its own")
     add("--limit", type=float, default=570.0, help="seconds after which nothing runs any more")
-    add(
-        "--start",
-        type=float,
-        default=START["train"],
-        help="seconds that a run is thought to need beside its steps; about 35 where its code is compiled already",
-    )
+    add("--start", type=float, help="seconds that a run needs beside its steps; 35 where its code is compiled already")
     add("--dry-run", action="store_true", help="print what would run and how long it takes")
     return parser.parse_args(arguments)
 

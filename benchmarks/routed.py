@@ -10,9 +10,8 @@ time is that of forward and backward, with the losses of the routers, replayed a
 is, under torch.compile, and with tokens sorted by expert alone. Routers are random, so that all experts have work.
 Nothing is timed before the mixture agrees with the one that computes all experts. Each problem runs in a process of its
 own, and again without a contender that fails, whose failure the record names; the file is written after each problem.
-With --steps
-the kernels of each layer are timed one by one instead, beside the bytes that they have to move, and for other sizes of
-their loops. Needs a CUDA device.
+With --steps the kernels of each layer are timed one by one instead, beside the bytes that they have to move, and for
+other sizes of their loops. Needs a CUDA device.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
-from ..ops.contract import autocast
-from ..ops.routed import Program, Routes, arrange, is_led, multiply_led, multiply_routed, sort
+from ..ops.routed import Program, Routes, alike, arrange, is_led, multiply_led, multiply_routed, sort
 
 BIAS_STEP = 0.001  # of the bias of an expert at each update (Wang et al. 2024)
 
@@ -98,7 +97,7 @@ class Router(nn.Module):
             ValueError: when input and weight differ in dtype, and under ``torch.autograd.detect_anomaly()`` for logits
                 that are not finite; without it the output of such a token is not finite either.
         """
-        x, weight = self._alike(x)
+        x, weight = alike(x, [self.weight])
         logits = F.linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         _refuse_what_is_not_finite(logits)
@@ -119,19 +118,11 @@ class Router(nn.Module):
         if not is_led(x, self.experts, self.top_k, program):
             _, gate, chosen, routes = self(x, program)
             return multiply_routed(x, factors, gate, chosen, routes, program)
-        x, weight = self._alike(x)
+        x, weight = alike(x, [self.weight])
         led = multiply_led(x, weight, self._bias(), factors, self.top_k, program)
         _refuse_what_is_not_finite(led.logits)
         self.last = Routing(led.logits, led.gate, led.chosen, led.sets)
         return led.y
-
-    def _alike(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = autocast(x), autocast(self.weight)
-        if x.dtype != weight.dtype:
-            raise ValueError(
-                f"the input is {x.dtype}, the layer {weight.dtype}; cast one of them, or run under torch.autocast"
-            )
-        return x, weight
 
     def _bias(self) -> Tensor | None:
         return None if self.bias_steps is None else BIAS_STEP * self.bias_steps

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import autocast, contract, refuse_transforms, seen_through
+from .contract import autocast, contract, implement, refuse_transforms, seen_through
 from .lookup import collect, gather
 from .lowering import REVISION, Program, program
 from .moves import kernels_on
@@ -338,6 +338,4 @@ for _name, _run, _differentiate, _fake in (
     ("multiply_backward", _compute_backward, _undifferentiated(_backward_op), fake_backward),
     ("multiply_input_backward", _compute_input_backward, _undifferentiated(_input_backward_op), fake_input_backward),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiate, "Autograd")
-    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
+    implement(_library, _name, _run, _differentiate, _fake)

@@ -7,6 +7,7 @@ transform has to look inside (torch.func, forward-mode AD, export) the same equa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,6 +102,21 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def implement(
+    library: torch.library.Library,
+    name: str,
+    compute: Callable[..., Any],
+    record: Callable[..., Any] | None,
+    fake: Callable[..., Any],
+) -> None:
+    """Say how the operator ``name`` of ``library`` is computed, what autograd records, None for what PyTorch would, and
+    what tensors come out of tensors without values."""
+    library.impl(name, compute, "CompositeExplicitAutograd")
+    if record is not None:
+        library.impl(name, record, "Autograd")
+    torch.library.register_fake(f"structlin::{name}", fake, lib=library)
+
+
 def seen_through() -> bool:
     """Whether a transform or an export has to look inside, so that plain PyTorch must run."""
     if is_exporting() or _transforming():
@@ -166,6 +182,4 @@ def _autograd(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tens
     return _below_autograd(a, b, equation, backend)
 
 
-_library.impl("contract", _compute, "CompositeExplicitAutograd")
-_library.impl("contract", _autograd, "Autograd")
-torch.library.register_fake("structlin::contract", _fake, lib=_library)
+implement(_library, "contract", _compute, _autograd, _fake)

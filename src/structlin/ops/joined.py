@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import chain
-from .contract import autocast, seen_through
+from .contract import autocast, implement, seen_through
 from .equation import parse
 from .lowering import REVISION, Chain, Permutation, Program, program
 from .moves import has_triton, relayout
@@ -309,7 +309,4 @@ for _name, _run, _function, _fake in (
     ("rejoined", _run_rejoined, _Rejoined, _fake_rejoined),
     ("rejoined_backward", _run_rejoined_backward, None, _fake_rejoined_backward),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    if _function is not None:
-        _library.impl(_name, _applied(_function, True), "Autograd")
-    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
+    implement(_library, _name, _run, None if _function is None else _applied(_function, True), _fake)

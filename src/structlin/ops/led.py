@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.tiles import Sets
-from .mixture import _fake_group, _fake_mixture, _without_graph, flops
+from .contract import implement
+from .mixture import fake_group, fake_mixture, flops, without_graph
 from .moves import aligned
 
 _library = torch.library.Library("structlin", "FRAGMENT")
@@ -67,6 +68,9 @@ def led_mixture(x: Tensor, router: Tensor, bias: Tensor | None, first: Tensor, s
         found = _compute(*given)
     y, logits, gate, chosen, _, *sets = found
     return Led(y, logits, gate, chosen, Sets(*sets))
+
+
+_below = without_graph("led_mixture")
 
 
 class _Led(torch.autograd.Function):
@@ -158,12 +162,6 @@ def _compute_backward(
     return [dx, drouter, dfirst, dsecond]
 
 
-def _below(x: Tensor, router: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, top_k: int) -> list[Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        found: list[Tensor] = torch.ops.structlin.led_mixture.default(x, router, bias, first, second, top_k)
-    return found
-
-
 def _autograd(
     x: Tensor, router: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, top_k: int
 ) -> list[Tensor]:
@@ -178,8 +176,8 @@ def _fake(x: Tensor, router: Tensor, bias: Tensor | None, first: Tensor, second:
     tokens, experts = x.shape[0], router.shape[0]
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
     gate, chosen = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
-    sets = _fake_group(chosen, experts)
-    y, z = _fake_mixture(x, first, second, gate, chosen, sets)
+    sets = fake_group(chosen, experts)
+    y, z = fake_mixture(x, first, second, gate, chosen, sets)
     return [y, logits, gate, chosen, z, *sets]
 
 
@@ -192,11 +190,9 @@ def _fake_backward(
 
 for _name, _run, _made, _record in (
     ("led_mixture", _compute, _fake, _autograd),
-    ("led_mixture_backward", _compute_backward, _fake_backward, _without_graph("led_mixture_backward")),
+    ("led_mixture_backward", _compute_backward, _fake_backward, without_graph("led_mixture_backward")),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _record, "Autograd")
-    torch.library.register_fake(f"structlin::{_name}", _made, lib=_library)
+    implement(_library, _name, _run, _record, _made)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tiles import TILE, Sets, few_sets, fits, limits
-from .contract import autocast_dtype, seen_through
+from .contract import autocast_dtype, implement, seen_through
 from .equation import constant_when_traced
 from .moves import aligned, kernels_on
 
@@ -77,6 +77,20 @@ def mixture(x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tens
         y: Tensor = _Mixture.apply(False, *tensors, chosen, *sets)[0]  # type: ignore[no-untyped-call]
         return y
     return _compute(*tensors, chosen, sets)[0]
+
+
+def without_graph(name: str) -> Callable[..., list[Tensor]]:
+    """The operator of ours ``name``, of which autograd records nothing."""
+
+    def run(*given: Any) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found: list[Tensor] = getattr(torch.ops.structlin, name).default(*given)
+        return found
+
+    return run
+
+
+_below = without_graph("mixture")
 
 
 class _Mixture(torch.autograd.Function):
@@ -149,14 +163,6 @@ def _group(chosen: Tensor, experts: int) -> list[Tensor]:
     return list(group(chosen, experts))
 
 
-def _below(
-    x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
-) -> list[Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        found: list[Tensor] = torch.ops.structlin.mixture.default(x, first, second, gate, chosen, sets)
-    return found
-
-
 def _autograd(
     x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -166,16 +172,8 @@ def _autograd(
     return _below(*tensors, chosen, sets)
 
 
-def _without_graph(name: str) -> Callable[..., list[Tensor]]:
-    def run(*given: Any) -> list[Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            found: list[Tensor] = getattr(torch.ops.structlin, name).default(*given)
-        return found
-
-    return run
-
-
-def _fake_group(chosen: Tensor, experts: int) -> list[Tensor]:
+def fake_group(chosen: Tensor, experts: int) -> list[Tensor]:
+    """What `group_by_set` gives for tensors without values."""
     tokens, top_k = chosen.shape
     tiles, units = limits(tokens, experts, top_k)
     places = tiles * TILE
@@ -183,9 +181,10 @@ def _fake_group(chosen: Tensor, experts: int) -> list[Tensor]:
     return [chosen.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
-def _fake_mixture(
+def fake_mixture(
     x: Tensor, first: Tensor, second: Tensor, gate: Tensor, chosen: Tensor, sets: Sequence[Tensor]
 ) -> list[Tensor]:
+    """What the operator of `mixture` gives for tensors without values."""
     _register_flops()
     _, c, f, _ = first.shape
     o, (tiles, top_k) = second.shape[2], sets[3].shape
@@ -199,13 +198,11 @@ def _fake_backward(
 
 
 for _name, _run, _fake, _record in (
-    ("group_by_set", _group, _fake_group, _without_graph("group_by_set")),
-    ("mixture", _compute, _fake_mixture, _autograd),
-    ("mixture_backward", _compute_backward, _fake_backward, _without_graph("mixture_backward")),
+    ("group_by_set", _group, fake_group, without_graph("group_by_set")),
+    ("mixture", _compute, fake_mixture, _autograd),
+    ("mixture_backward", _compute_backward, _fake_backward, without_graph("mixture_backward")),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _record, "Autograd")
-    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
+    implement(_library, _name, _run, _record, _fake)
 
 
 @cache

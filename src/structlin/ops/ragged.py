@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import is_exporting
+from .contract import implement, is_exporting
 
 BLOCK = 128  # rows of a block, where no grouped GEMM of PyTorch serves
 MOST_GROUPS = 1024  # that one grouped GEMM of PyTorch takes
@@ -226,9 +226,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"ragged_mm": _Mm, "ragged
 COMPUTED = {"ragged_mm": _mm, "ragged_outer": _outer}
 BLOCKED = {"ragged_mm": blocked_mm, "ragged_outer": blocked_outer}
 for _name, _fake in (("ragged_mm", _fake_mm), ("ragged_outer", _fake_outer)):
-    _library.impl(_name, COMPUTED[_name], "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd(_name), "Autograd")
-    torch.library.register_fake(f"structlin::{_name}", _fake, lib=_library)
+    implement(_library, _name, COMPUTED[_name], _autograd(_name), _fake)
 
 
 @cache

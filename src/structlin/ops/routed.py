@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.tiles import Sets
 from ..plan import TOKENS, Axes, Plan, Table, Term
+from .chain import check_dtype
 from .contract import autocast
 from .led import Led, led_mixture
 from .lookup import collect, gather
@@ -237,7 +238,7 @@ def multiply_routed(
     Raises:
         ValueError: when the input and a factor differ in dtype.
     """
-    x, *factors = _alike(x, factors)
+    x, *factors = alike(x, factors)
     x = F.pad(x, (0, what.pad)) if what.pad else x
     first = 0
     y: Tensor | None = None
@@ -263,18 +264,15 @@ def multiply_led(
     (chain,) = what.chains
     assert chain.digits is not None
     c, a, f, o = chain.digits
-    x, first, second = _alike(x, factors)
+    x, first, second = alike(x, factors)
     return led_mixture(x, router, bias, first.reshape(-1, c, f, a), second.reshape(-1, f, o, c), top_k)
 
 
-def _alike(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """All of them in the dtype that they run in."""
+def alike(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The input and the factors in the dtype that they run in; ValueError where these differ."""
     x, factors = autocast(x), [autocast(factor) for factor in factors]
     for factor in factors:
-        if factor.dtype != x.dtype:
-            raise ValueError(
-                f"the input is {x.dtype}, the layer {factor.dtype}; cast one of them, or run under torch.autocast"
-            )
+        check_dtype(x.dtype, factor.dtype)
     return [x, *factors]
 
 
