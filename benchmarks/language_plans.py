@@ -233,11 +233,12 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 for rank, factor in enumerate((1.0, 0.5))
             ]
         dense = best(of(records, "dense") or [found(records, f"w{width}-dense-x1")])
+        goal = mean(loss(r) for r in of(records, "dense") if r["config"]["lr"] == dense["config"]["lr"])
 
         def reach(name: str) -> tuple[float, float, Record]:
-            """The least share that got to dense's loss, the lowest loss, and the run to repeat."""
+            """The least share that got to dense's mean loss, the lowest loss, and the run to repeat."""
             done = of(records, name)
-            reached = [r for r in done if loss(r) <= loss(dense)]
+            reached = [r for r in done if loss(r) <= goal]
             least = min(map(share, reached), default=math.inf)
             return least, loss(best(done)), best([r for r in reached if share(r) == least] or done)
 
