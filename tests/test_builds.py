@@ -70,6 +70,30 @@ def test_copies(built, dtype):
     assert built == {"_exchange", "_join", "_unjoin"}
 
 
+def test_dense_weights_of_two_factors(built):
+    from structlin.ops.gemm import contract_anywhere
+
+    train = "o0 r i0, o1 i1 r -> o0 o1 i0 i1", {"o0": 64, "o1": 64, "i0": 64, "i1": 64, "r": 8}
+    wide = "g f r a, f e g r -> f e g a", {"f": 16, "e": 256, "g": 256, "a": 16, "r": 8}
+    for equation, sizes in (train, wide):
+        a, b, c = (part.split() for part in equation.replace("->", ",").split(","))
+        for left, right, out in ((a, b, c), (c, b, a), (a, c, b)):
+            operands = (rand(*(sizes[axis] for axis in axes)) for axes in (left, right))
+            assert contract_anywhere(*operands, f"{' '.join(left)}, {' '.join(right)} -> {' '.join(out)}") is not None
+    assert built == {"_product"}
+
+
+@pytest.mark.parametrize("digit", [8, 16, 32])
+def test_both_gradients_of_a_step(built, digit):
+    from structlin.kernels.gradients import gradients
+
+    groups, tokens = 64, 4096
+    d, z, w = rand(digit, groups, tokens), rand(groups, digit, tokens), rand(groups, digit, digit)
+    across, within = (tokens, groups * tokens), (digit * tokens, tokens)
+    gradients(d, z, w, (groups, tokens, digit, digit), (across, within, across, (digit * digit, digit, 1)))
+    assert built == {"_gradients"}
+
+
 def test_a_step_that_stores_across(built):
     from structlin.kernels.across import across
 

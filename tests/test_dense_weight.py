@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from test_properties import modest, plans
 
 import structlin as sl
+from structlin.ops import contract, dense
 from structlin.ops.dense import weight
 from structlin.ops.lowering import lower, plan_of
 from structlin.plan import Plan, Term
@@ -53,6 +54,12 @@ def agrees(layer):
 
 @pytest.mark.parametrize(("spec", "shape"), [*examples(), *padded_examples(), (FLY.T, (16, 24))], ids=str)
 def test_every_structure(spec, shape):
+    agrees(make(spec, shape, "cpu"))
+
+
+@pytest.mark.parametrize(("spec", "shape"), examples(), ids=str)
+def test_by_the_operator_that_runs_on_gpus(spec, shape, monkeypatch):
+    monkeypatch.setattr(dense.reference, "contract", lambda a, b, equation: contract(a, b, equation, "triton"))
     agrees(make(spec, shape, "cpu"))
 
 

@@ -60,6 +60,35 @@ def check_join(device):
             assert torch.equal(unjoin(z, (a, b, r), features // rows, exchanged), total)
 
 
+WEIGHTS = [  # the weight of a matrix of two factors, and the size of each digit
+    ("o0 r i0, o1 i1 r -> o0 o1 i0 i1", {"o0": 8, "o1": 24, "i0": 40, "i1": 64, "r": 8}),  # a tensor train
+    ("i1 o0 r i0, o0 o1 i1 r -> o0 o1 i1 i0", {"o0": 4, "o1": 72, "i1": 48, "i0": 16, "r": 8}),  # BTT
+    ("i1 o0 r i0, o0 o1 i1 r -> o0 o1 i1 i0", {"o0": 5, "o1": 7, "i1": 6, "i0": 3, "r": 20}),
+    ("i1 o0 r i0, o0 o1 i1 r -> o0 o1 i1 i0", {"o0": 16, "o1": 16, "i1": 16, "i0": 16, "r": 1}),
+    ("d a, e b -> e d b a", {"d": 12, "a": 20, "e": 9, "b": 33}),  # a Kronecker product
+]
+
+
+def check_product(device):
+    from structlin.ops import reference
+    from structlin.ops.gemm import contract_anywhere
+    from structlin.testing import assert_as_accurate
+
+    poison(device)
+    dtype, ran = torch.float16, 0
+    for equation, sizes in WEIGHTS:
+        axes_a, axes_b, axes_c = (part.strip() for part in equation.replace("->", ",").split(","))
+        shape = {axes: [sizes[axis] for axis in axes.split()] for axes in (axes_a, axes_b, axes_c)}
+        for left, right, out in ((axes_a, axes_b, axes_c), (axes_c, axes_b, axes_a), (axes_a, axes_c, axes_b)):
+            a, b = (fenced(torch.randn(shape[axes], device=device).to(dtype)) for axes in (left, right))
+            found = contract_anywhere(a, b, turned := f"{left}, {right} -> {out}")
+            if found is not None:
+                ran += 1
+                true = reference.contract(a.double(), b.double(), turned)
+                assert_as_accurate(found, reference.contract(a, b, turned), true)
+    assert ran >= 12
+
+
 def check_across(device):
     from structlin.kernels.across import across
     from structlin.testing import assert_as_accurate
@@ -343,23 +372,47 @@ def check_pair(device):
 def check_sums(device):
     """Whole sums in which a low-rank term joins the block-sparse one: outputs and all gradients."""
     import structlin as sl
-    from structlin.ops import chain, lowering, moves
     from structlin.plan import Plan
-    from structlin.testing import assert_as_accurate
 
-    before, kernels = chain.kernels_on, moves.Kernels(True, True)
-    chain.kernels_on = lambda *_: kernels
     fly = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1, rank=24)
     axes = {"i": 2, "j": 128, "r": 2, "s": 8, "o": 128, "p": 2}
     digits = Plan.einsum("i j, r s i j, o p r s -> o p", names=["down", "up"], **axes)
     sparse = sl.Pixelfly(block_size=64, butterfly_size=4, nfactors=1).plan(256, 256)
     plans = fly.plan(512, 256), (sl.BlockDiagonal(4) + fly).plan(256, 256), sparse + digits.apart(sparse)
     for plan, tokens in zip(plans, (70, 3, 1), strict=True):
+        check_plan(plan, tokens, device)
+
+
+def check_gradients(device):
+    """A step whose gradients are one kernel: outputs and all gradients of whole chains."""
+    import structlin as sl
+    from structlin.ops import lowering, moves, schedule
+
+    poison(device)
+    for spec, shape, tokens in (
+        (sl.Blast(nblocks=2, rank=24), (64, 48), 264),
+        (sl.Blast(nblocks=4, rank=8), (64, 96), 1040),
+        (sl.Blast(nblocks=20, rank=8), (320, 320), 8),
+    ):
+        plan = spec.plan(*shape)
+        (steps,) = schedule.schedule(lowering.lower(plan).text, tokens, moves.Kernels(True, True))
+        assert any(step.both for step in steps.steps)
+        check_plan(plan, tokens, device)
+
+
+def check_plan(plan, tokens, device):
+    """A layer by our kernels is as accurate as by batched GEMMs."""
+    from structlin.ops import chain, lowering, moves
+    from structlin.testing import assert_as_accurate
+
+    before, kernels = chain.kernels_on, moves.Kernels(True, True)
+    chain.kernels_on = lambda *_: kernels
+    try:
         program, shapes = lowering.lower(plan), [(tokens, plan.in_features), *plan.shapes.values()]
         given = [torch.randn(shape, device=device, dtype=torch.float16) for shape in shapes]
         dy = torch.randn(tokens, plan.out_features, device=device, dtype=torch.float16)
 
-        def step(run, dtype, given=given, dy=dy, program=program):
+        def step(run, dtype):
             x, *factors = (tensor.to(dtype).requires_grad_() for tensor in given)
             y = run(x, factors, program)
             return [y, *torch.autograd.grad(y, (x, *factors), dy.to(dtype))]
@@ -367,16 +420,19 @@ def check_sums(device):
         ours, naive = step(chain.multiply, torch.float16), step(chain.compose, torch.float16)
         for found, plain, true in zip(ours, naive, step(chain.compose, torch.float64), strict=True):
             assert_as_accurate(found, plain, true)
-    chain.kernels_on = before
+    finally:
+        chain.kernels_on = before
 
 
 CHECKS = [
     check_exchange,
     check_join,
+    check_product,
     check_across,
     check_blocks,
     check_pair,
     check_sums,
+    check_gradients,
     check_sets,
     check_mixture,
     check_route,

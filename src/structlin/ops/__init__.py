@@ -7,7 +7,7 @@ from .contract import STEP_BACKENDS, contract
 from .equation import constant_when_traced
 from .moves import has_triton
 
-BACKENDS = ("auto", "dense", *STEP_BACKENDS, "triton", "joined")
+BACKENDS = ("auto", "dense", *STEP_BACKENDS, "joined")
 """What can run a layer: `auto` chooses, `dense` multiplies the factors into one weight, the others run each step,
 `triton` by kernels of ours where they fit and as `bmm` elsewhere, `joined` a sum as one product where that is possible,
 and everything else as `triton` or, on a CPU, as `bmm`."""

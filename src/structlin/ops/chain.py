@@ -145,10 +145,13 @@ def _gradients(
         d = dy if last is None else last.run(dy)
         found: list[Tensor] = []
         for i in reversed(range(len(steps))):
-            z = inputs.pop()
+            z, weight, both = inputs.pop(), own[i].contiguous(), steps[i].both
+            if both is not None and needed[1 + first + i]:
+                d, dw = both.run(d, z, weight)
+                found.append(dw)
+                continue
             found.append(steps[i].wgrad.run(z, d) if needed[1 + first + i] else empty)
             del z  # what was computed again makes room for the next gradient
-            weight = own[i].contiguous()
             if i:
                 d = multiply_then(steps[i].dgrad, undos[i], d, weight)
             elif needed[0]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import gemm, reference
 from .equation import constant_when_traced, parse
+from .moves import kernels_on
 
 _library = torch.library.Library("structlin", "DEF")
 _library.define(
@@ -23,8 +24,9 @@ _library.define(
 )
 _op = torch.ops.structlin.contract.default
 
-STEP_BACKENDS = ("reference", "bmm", "copy")
-"""What can run one contraction: einsum; a batched GEMM in place; the same after copying every operand."""
+STEP_BACKENDS = ("reference", "bmm", "copy", "triton")
+"""What can run one contraction: einsum; a batched GEMM in place; the same after copying every operand; and where a GEMM
+would have to copy, a kernel of ours that reads and writes any order, in half precision on a GPU like the H100."""
 
 
 def contract(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:
@@ -138,7 +140,12 @@ def _compute(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tenso
     _check(a, b, equation, backend)
     if backend == "reference":
         return reference.contract(a, b, equation).contiguous()
-    return gemm.contract(a.resolve_conj(), b.resolve_conj(), equation, in_place=backend == "bmm")
+    a, b = a.resolve_conj(), b.resolve_conj()
+    if backend == "triton" and kernels_on(a.device, a.dtype).tensor_memory:
+        found = gemm.contract_anywhere(a, b, equation)
+        if found is not None:
+            return found
+    return gemm.contract(a, b, equation, in_place=backend != "copy")
 
 
 def _fake(a: Tensor, b: Tensor, equation: str, backend: str = "bmm") -> Tensor:

@@ -15,13 +15,14 @@ from torch import Tensor
 from .. import analysis
 from ..plan import Axes, Plan, Term
 from . import reference
+from .contract import contract
 from .lookup import collect, scatter
 
 
 def weight(plan: Plan, factors: Sequence[Tensor]) -> Tensor:
     """The matrix (out_features, in_features) of a plan, from its factors in order.
 
-    On any device, in any float or complex type; under torch.compile, torch.func and export as plain PyTorch.
+    On any device, in any float or complex type; under torch.func and export as plain PyTorch.
     """
     remaining = iter(factors)
     total: Tensor | None = None
@@ -34,8 +35,13 @@ def weight(plan: Plan, factors: Sequence[Tensor]) -> Tensor:
 
 def _matrix(plan: Plan, term: Term, factors: Sequence[Tensor]) -> Tensor:
     core, have = factors[0], term.weights[0]
-    for (a, b, c), factor in zip(analysis.factor_products(term), factors[1:], strict=True):
-        core = reference.contract(core, factor, f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}")
+    products, ends = analysis.factor_products(term), term.y + term.x
+    if products and sorted(products[-1][2]) == sorted(ends):
+        products[-1] = *products[-1][:2], ends  # as the weight lies, so that nothing is left to reorder
+    for (a, b, c), factor in zip(products, factors[1:], strict=True):
+        equation = f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}"
+        on_gpu = core.is_cuda  # elsewhere plain PyTorch, which torch.compile sees through
+        core = contract(core, factor, equation, "triton") if on_gpu else reference.contract(core, factor, equation)
         have = c
     # where a row of the table is an axis of the other end too, each row has a place for every block, most of them zero
     by_row = term.table is not None and term.x[0] in term.y

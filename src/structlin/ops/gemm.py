@@ -7,7 +7,7 @@ dimensions is contiguous. An operand that does not fit is copied first, and `Gem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -82,6 +82,52 @@ def plan_contiguous(a: Axes, b: Axes, c: Axes, sizes: dict[str, int]) -> Gemm:
     shapes = [tuple(sizes[axis] for axis in axes) for axes in (a, b)]
     strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
     return plan_gemm(f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}", shapes[0], strides[0], shapes[1], strides[1])
+
+
+def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
+    """``a`` and ``b`` contracted by a kernel of ours that reads and writes any order, or None where a GEMM could do so
+    too, or the axes of a role of the equation come in more than two runs."""
+    gemm = plan_gemm(equation, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())
+    if not gemm.copies or not a.numel() or not b.numel():
+        return None
+    axes_a, axes_b, axes_c = parse(equation)
+    size = dict(zip(axes_a, a.shape, strict=True)) | dict(zip(axes_b, b.shape, strict=True))
+    c = a.new_empty([size[x] for x in axes_c])
+    tensors = ((axes_a, a), (axes_b, b), (axes_c, c))
+    largest = max(tensors, key=lambda named: named[1].numel())
+    digits = [_digits(role, size, tensors, largest) for role in gemm.axes]
+    if c.numel() >= 2**31 or any(len(role) > 2 for role in digits):
+        return None
+    from ..kernels.product import Role, product
+
+    roles = []
+    for role in digits:
+        (outer, *first), (inner, *second) = [(1, 0, 0, 0)] * (2 - len(role)) + role
+        roles.append(Role(outer * inner, inner, *zip(first, second, strict=True)))
+    product(a, b, c, *roles)
+    return c
+
+
+def _digits(
+    role: Axes,
+    size: Mapping[str, int],
+    tensors: Sequence[tuple[Axes, Tensor]],
+    largest: tuple[Axes, Tensor],
+) -> list[tuple[int, ...]]:
+    """The size and the strides in each tensor, 0 where it has none, of every run of axes; in the order of the largest
+    tensor, which is to be read or written in long rows, as far as it has them."""
+    strides = [dict(zip(axes, tensor.stride(), strict=True)) for axes, tensor in tensors]
+    leading = dict(zip(largest[0], largest[1].stride(), strict=True))
+    if not all(axis in leading for axis in role):
+        leading = next(own for own in strides if all(axis in own for axis in role))
+    found: list[tuple[int, ...]] = []
+    for axis in sorted((x for x in role if size[x] > 1), key=leading.__getitem__, reverse=True):
+        n, own = size[axis], [stride.get(axis, 0) for stride in strides]
+        if found and all(outer == n * inner for outer, inner in zip(found[-1][1:], own, strict=True)):
+            found[-1] = (found[-1][0] * n, *own)
+        else:
+            found.append((n, *own))
+    return found
 
 
 def coalesce(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -133,14 +133,33 @@ def multiply_then(gemm: Multiply, move: Move | None, a: Tensor, b: Tensor, into:
 
 
 @dataclass(frozen=True)
+class Both:
+    """Both gradients of a step in one kernel: tokens innermost in its input and its result, and groups small."""
+
+    sizes: tuple[int, int, int, int]  # groups, tokens, n and k
+    # of d, z, the gradient of z, and w, but for those of their tokens
+    strides: tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int]]
+
+    def run(self, d: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of ``z`` and ``w`` for that of the result."""
+        from ..kernels.gradients import gradients
+
+        return gradients(d, z, w, self.sizes, self.strides)
+
+
+@dataclass(frozen=True)
 class Step:
-    """One factor: the product with it, its two gradients, and what reorders the result (``undo`` its gradient)."""
+    """One factor: the product with it, its two gradients, and what reorders the result (``undo`` its gradient).
+
+    ``both`` does what both gradients do, where that is faster.
+    """
 
     forward: Multiply
     dgrad: Multiply
     wgrad: Multiply
     after: Move | None
     undo: Move | None
+    both: Both | None = None
 
 
 @dataclass(frozen=True)
@@ -241,8 +260,27 @@ def _planned(
     steps = []
     for i, (forward, dgrad, wgrad) in enumerate(found):
         after, undo = (forward[1], found[i + 1][1][1]) if i + 1 < len(found) else ends
-        steps.append(Step(forward[0], dgrad[0], wgrad, after, undo))
+        both = _both(dgrad[0], wgrad) if i and dgrad[1] is None and kernels.tensor_memory else None
+        steps.append(Step(forward[0], dgrad[0], wgrad, after, undo, both))
     return tuple(steps)
+
+
+def _both(dgrad: Gemm, wgrad: Gemm) -> Both | None:
+    """One kernel for these, if there is one."""
+    if len(dgrad.a[0]) != 3 or not has_triton():
+        return None
+    from ..kernels.gradients import fits
+
+    (groups, tokens, n), (d_group, d_token, d_n) = dgrad.a
+    (_, _, k), (dz_group, dz_token, dz_k) = dgrad.c
+    z_shape, (z_group, z_k, z_token) = wgrad.a
+    if (d_token, z_token, dz_token) != (1, 1, 1) or not fits(tokens, n, k):
+        return None
+    if z_shape != (groups, k, tokens) or wgrad.b != dgrad.a:
+        return None
+    group, by_n, by_k = dgrad.b[1]
+    strides = (d_group, d_n), (z_group, z_k), (dz_group, dz_k), (group, by_n, by_k)
+    return Both((groups, tokens, n, k), strides)
 
 
 def _to(
