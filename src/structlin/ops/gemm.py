@@ -21,6 +21,8 @@ from .equation import parse
 
 Strides = tuple[int, int, int]
 
+SMALL = 64  # up to here a product with one such side is bound by memory, and a copy costs more than the product
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -85,10 +87,13 @@ def plan_contiguous(a: Axes, b: Axes, c: Axes, sizes: dict[str, int]) -> Gemm:
 
 
 def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
-    """``a`` and ``b`` contracted by a kernel of ours that reads and writes any order, or None where a GEMM could do so
-    too, or the axes of a role of the equation come in more than two runs."""
+    """``a`` and ``b`` contracted by a kernel of ours that reads and writes any order.
+
+    None where a GEMM could do so too, or has enough to multiply to be faster in spite of its copies; and where the
+    kernel cannot: with axes of a role in more than two runs of memory, or tensors of 2**31 elements.
+    """
     gemm = plan_gemm(equation, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())
-    if not gemm.copies or not a.numel() or not b.numel():
+    if not gemm.copies or not a.numel() or not b.numel() or min(gemm.sizes[1:]) > SMALL:
         return None
     axes_a, axes_b, axes_c = parse(equation)
     size = dict(zip(axes_a, a.shape, strict=True)) | dict(zip(axes_b, b.shape, strict=True))
@@ -96,7 +101,7 @@ def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
     tensors = ((axes_a, a), (axes_b, b), (axes_c, c))
     largest = max(tensors, key=lambda named: named[1].numel())
     digits = [_digits(role, size, tensors, largest) for role in gemm.axes]
-    if c.numel() >= 2**31 or any(len(role) > 2 for role in digits):
+    if largest[1].numel() >= 2**31 or any(len(role) > 2 for role in digits):
         return None
     from ..kernels.product import Role, product
 
