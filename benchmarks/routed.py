@@ -46,6 +46,11 @@ from structlin.testing import error
 SHAPES = ((1024, 4096), (2048, 8192), (4096, 4096))
 EXPERTS, TOP_K, SEED, CONTEXT, REPEATS = 8, 2, 0, 1024, 30
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+TRIED = {
+    "first": ((64, 4, 3), (128, 8, 3)), "second": ((128, 4, 3), (128, 8, 3)),
+    "backward_second": ((64, 4, 2), (128, 8, 2)), "backward_first": ((64, 4, 2), (128, 8, 2)),
+}  # fmt: skip
+"""Other ways to run a kernel: for how many places at a time, with how many warps and stages."""
 
 
 class AllExperts(nn.Module):
@@ -214,6 +219,8 @@ def steps(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records
     dlogits = route.unroute(parts, None, logits, gate, EXPERTS, sets)
     between = tokens * TOP_K * c * f * 2
     into, out = 2 * x.numel(), 2 * dy.numel()
+    placed = routed.by_place(gate, sets)
+    added = torch.empty(sets.unit.numel(), second[0].numel(), device=DEVICE)
     runs: dict[str, tuple[int, Callable[[], object]]] = {
         "route": (into, lambda: route.route(x, weight, None, TOP_K)),
         "group": (0, lambda: group(chosen, EXPERTS)),
@@ -221,18 +228,20 @@ def steps(shape: tuple[int, int], tokens: int, wrong: dict[str, str]) -> records
         "backward_second": (out + 2 * between, lambda: routed.backward_second(dy, second, gate, z, sets)),
         "unroute": (4 * parts.numel(), lambda: route.unroute(parts, None, logits, gate, EXPERTS, sets)),
         "backward_first": (between + 2 * into, lambda: routed.backward_first(dz, x, first, sets, dlogits, weight)),
+        "first": (into + between, lambda: routed.forward_first(x, first, sets)),
+        "second": (between + out, lambda: routed.forward_second(z, second, placed, sets)),
+        "by_place": (8 * gate.numel(), lambda: routed.by_place(gate, sets)),
+        "added": (4 * added.numel(), lambda: routed.added(added, sets.unit, second)),
     }
     metrics: dict[str, float] = {}
     for name, (size, run) in runs.items():
         metrics[f"{name}_ms"] = do_bench_cudagraph(run, rep=25, return_mode="median")
         metrics[f"{name}_tb_per_s"] = size / metrics[f"{name}_ms"] * 1e-9
-    for part, warps, registers in ((64, 8, 0), (64, 8, 128), (32, 8, 0), (32, 8, 128), (64, 4, 0), (128, 8, 0)):
-        loop = {"num_stages": 3} | ({"maxnreg": registers} if registers else {})
-        with mock.patch.multiple(routed, PART=part, LOOP=loop, _warps=lambda *_, n=warps: n):
-            for name in ("backward_second", "backward_first"):
-                with suppress(OutOfResources):
-                    taken = do_bench_cudagraph(runs[name][1], rep=25, return_mode="median")
-                    metrics[f"{name}_parts_of_{part}_{warps}_warps_{registers or 255}_registers_ms"] = taken
+    for name, ways in TRIED.items():
+        for size in ways:
+            with mock.patch.object(routed, name.upper(), size), suppress(OutOfResources):
+                taken = do_bench_cudagraph(runs[name][1], rep=25, return_mode="median")
+                metrics["_".join(map(str, (name, *size, "ms")))] = taken
     config = {"spec": str(spec), "shape": [out_features, in_features], "digits": [c, a, f, o], "tokens": tokens}
     return note(f"steps of {in_features}->{out_features}", config | {"dtype": str(DTYPE)}, metrics, wrong)
 

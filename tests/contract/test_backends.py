@@ -34,7 +34,7 @@ def test_backends_agree(spec, shape, backend, device):
             theirs = [naive, *torch.autograd.grad(naive, (x, *weights), dy)]
             truth = [wide, *torch.autograd.grad(wide, (x_wide, *exact.parameters()), dy.double())]
             # multiplying the factors first is another sum with other roundings, and not always a better one
-            slack = 8.0 if backend == "dense" else 2.0
+            slack = 12.0 if backend == "dense" else 2.0
             for a, b, c in zip(ours, theirs, truth, strict=True):
                 assert_as_accurate(a, b, c, slack)
 

@@ -35,14 +35,14 @@ def weight(plan: Plan, factors: Sequence[Tensor]) -> Tensor:
 
 def _matrix(plan: Plan, term: Term, factors: Sequence[Tensor]) -> Tensor:
     core, have = factors[0], term.weights[0]
-    products, ends = analysis.factor_products(term), term.y + term.x
-    if products and sorted(products[-1][2]) == sorted(ends):
-        products[-1] = *products[-1][:2], ends  # as the weight lies, so that nothing is left to reorder
-    for (a, b, c), factor in zip(products, factors[1:], strict=True):
-        equation = f"{' '.join(a)}, {' '.join(b)} -> {' '.join(c)}"
+    place = {axis: i for i, axis in enumerate(term.y + term.x)}
+    for (_, w, both), factor in zip(analysis.factor_products(term), factors[1:], strict=True):
+        # as the weight lies, so that there is nothing to reorder afterwards
+        ordered = tuple(sorted(both, key=lambda axis: place.get(axis, len(place))))
+        equation = f"{' '.join(have)}, {' '.join(w)} -> {' '.join(ordered)}"
         on_gpu = core.is_cuda  # elsewhere plain PyTorch, which torch.compile sees through
         core = contract(core, factor, equation, "triton") if on_gpu else reference.contract(core, factor, equation)
-        have = c
+        have = ordered
     # where a row of the table is an axis of the other end too, each row has a place for every block, most of them zero
     by_row = term.table is not None and term.x[0] in term.y
     by_column = term.out_table is not None and term.y[0] in term.x and not (by_row and term.x[0] == term.y[0])

@@ -25,7 +25,8 @@ def collect(x: Tensor, table: Table) -> Tensor:
     """(*, rows * slots * width) -> (*, blocks * width): the adjoint, each block the sum of its uses."""
     index = _index(x.device, uses(table))
     blocks: Tensor = x.unflatten(-1, (len(positions(table)), -1)).index_select(-2, index)
-    summed: Tensor = blocks.unflatten(-2, (num_blocks(table), -1)).sum(-2).flatten(-2)
+    # with its dtype, or autocast on a GPU would make it float32
+    summed: Tensor = blocks.unflatten(-2, (num_blocks(table), -1)).sum(-2, dtype=x.dtype).flatten(-2)
     return summed
 
 

@@ -132,7 +132,7 @@ class Collect:
         x = x if self.relayout is None else self.relayout.run(x)
         tokens, blocks, width = self.shape
         found = x.view(tokens, len(self.index), width).index_select(1, index_on(x.device, self.index))
-        found = found.view(tokens, blocks, len(self.index) // blocks, width).sum(2)
+        found = found.view(tokens, blocks, len(self.index) // blocks, width).sum(2, dtype=x.dtype)
         return found if into is None else into.view(self.shape).add_(found)
 
 

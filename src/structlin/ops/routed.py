@@ -95,7 +95,7 @@ class _Combine(torch.autograd.Function):
         ctx.order = order
         ctx.save_for_backward(token, row)
         rows = z.permute([order.index(i) for i in range(len(order))])
-        return rows.index_select(0, row.flatten()).view(*row.shape, *rows.shape[1:]).sum(1)
+        return rows.index_select(0, row.flatten()).view(*row.shape, *rows.shape[1:]).sum(1, dtype=z.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
@@ -287,7 +287,7 @@ def _run_by_sets(
         return mixture(x, first, second, gate, chosen, sets)
     rows = x[:, None].expand(-1, top_k, -1).reshape(-1, x.shape[1])  # a token for each of its experts
     y = mixture(rows, first, second, gate.reshape(-1, size), chosen.reshape(-1, size), sets)
-    return y.view(-1, top_k, f * o).sum(1)
+    return y.view(-1, top_k, f * o).sum(1, dtype=y.dtype)  # or autocast on a GPU would make it float32
 
 
 def _run(x: Tensor, factors: Sequence[Tensor], gate: Tensor, routes: Routes, chain: Chain) -> Tensor:
