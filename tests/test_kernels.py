@@ -450,7 +450,6 @@ def test_on_the_interpreter(check):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # where the first product is one of a backward pass
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_the_gpu(check):
     check("cuda")

@@ -10,8 +10,6 @@ from structlin.testing import assert_close, inputs, make, plain
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # said once by the thread of the first backward pass of a process
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 
 
