@@ -4,11 +4,12 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import structlin as sl
 from structlin import analysis
 from structlin.nn.least_squares import matrix
-from structlin.ops.lookup import collect, gather
+from structlin.ops.lookup import collect, gather, index_on
 from structlin.plan import Plan, Term
 from structlin.testing import CONTRACT, assert_close, inputs, make, plain
 
@@ -35,6 +36,13 @@ def test_collect_is_the_adjoint_of_gather():
     x, y = torch.randn(5, 12, dtype=FLOAT), torch.randn(5, 24, dtype=FLOAT)
     assert_close((gather(x, TABLE) * y).sum(), (x * collect(y, TABLE)).sum())
     assert gather(torch.arange(3), TABLE).tolist() == [0, 2, 1, 0, 2, 1]
+
+
+def test_an_index_that_a_tracer_made_is_not_kept():
+    index = (4, 1, 3, 0, 2)  # of no other test
+    with FakeTensorMode():
+        assert isinstance(index_on(torch.device("cpu"), index), FakeTensor)
+    assert index_on(torch.device("cpu"), index).tolist() == [*index]
 
 
 @pytest.mark.parametrize("plan", [SPARSE, SPARSE.T], ids=["lookup", "its transpose"])

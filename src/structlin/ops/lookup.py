@@ -16,14 +16,14 @@ from ..plan import Table, num_blocks
 
 def gather(x: Tensor, table: Table) -> Tensor:
     """(*, blocks * width) -> (*, rows * slots * width): block ``table[row][slot]`` for every row and slot."""
-    index = _index(x.device, positions(table))
+    index = index_on(x.device, positions(table))
     found: Tensor = x.unflatten(-1, (num_blocks(table), -1)).index_select(-2, index).flatten(-2)
     return found
 
 
 def collect(x: Tensor, table: Table) -> Tensor:
     """(*, rows * slots * width) -> (*, blocks * width): the adjoint, each block the sum of its uses."""
-    index = _index(x.device, uses(table))
+    index = index_on(x.device, uses(table))
     blocks: Tensor = x.unflatten(-1, (len(positions(table)), -1)).index_select(-2, index)
     # with its dtype, or autocast on a GPU would make it float32
     summed: Tensor = blocks.unflatten(-2, (num_blocks(table), -1)).sum(-2, dtype=x.dtype).flatten(-2)
@@ -46,20 +46,20 @@ def scatter(x: Tensor, table: Table, row: int, slot: int) -> Tensor:
     ``slot``, which becomes that of the blocks; a block that a row does not use is zero there."""
     shape = [1] * x.dim()
     shape[row], shape[slot] = len(table), len(table[0])
-    index = _index(x.device, positions(table)).view(len(table), len(table[0]))
+    index = index_on(x.device, positions(table)).view(len(table), len(table[0]))
     index = (index if row < slot else index.T).reshape(shape).expand(x.shape)
     blocks = x.new_zeros([num_blocks(table) if i == slot else n for i, n in enumerate(x.shape)])
     return blocks.scatter(slot, index, x)
 
 
-def _index(device: torch.device, index: tuple[int, ...]) -> Tensor:
+def index_on(device: torch.device, index: tuple[int, ...]) -> Tensor:
+    """``index`` as a tensor, kept for each device unless it may be a tracer's own, which must not outlive the trace."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return torch.tensor(index, device=device)  # may be the tracer's own and must not outlive it
-    return index_on(device, index)
+        return torch.tensor(index, device=device)
+    return _kept(device, index)
 
 
 @cache
-def index_on(device: torch.device, index: tuple[int, ...]) -> Tensor:
-    """``index`` as a tensor, made once for each device."""
+def _kept(device: torch.device, index: tuple[int, ...]) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(index, device=device)
