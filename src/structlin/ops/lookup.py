@@ -6,12 +6,12 @@ equally often, and nothing is added by atomic operations.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..plan import Table, num_blocks
+
+_kept: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 
 def gather(x: Tensor, table: Table) -> Tensor:
@@ -53,13 +53,13 @@ def scatter(x: Tensor, table: Table, row: int, slot: int) -> Tensor:
 
 
 def index_on(device: torch.device, index: tuple[int, ...]) -> Tensor:
-    """``index`` as a tensor, kept for each device unless it may be a tracer's own, which must not outlive the trace."""
+    """``index`` as a tensor, kept for each device unless it is a tracer's own, which must not outlive the trace."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.tensor(index, device=device)
-    return _kept(device, index)
-
-
-@cache
-def _kept(device: torch.device, index: tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(index, device=device)
+    found = _kept.get((device, index))
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.tensor(index, device=device)
+        if type(found) is Tensor:
+            _kept[device, index] = found
+    return found
