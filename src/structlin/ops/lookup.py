@@ -53,13 +53,13 @@ def scatter(x: Tensor, table: Table, row: int, slot: int) -> Tensor:
 
 
 def index_on(device: torch.device, index: tuple[int, ...]) -> Tensor:
-    """``index`` as a tensor, kept for each device unless it is a tracer's own, which must not outlive the trace."""
+    """``index`` as a tensor, kept for each device unless a tracer or a transform made it, which it must not outlive."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.tensor(index, device=device)
     found = _kept.get((device, index))
     if found is None:
         with torch.inference_mode(False):
             found = torch.tensor(index, device=device)
-        if type(found) is Tensor:
+        if type(found) is Tensor and torch._C._has_storage(found):
             _kept[device, index] = found
     return found
