@@ -1,6 +1,7 @@
 """Language-model runs of a plan, side by side, one process on each GPU, and a small record of each.
 
     python benchmarks/language.py dyad:1 monarch:1 --data DATA --gpus 4 --limit 560
+    python benchmarks/language.py mixtures:1 --data DATA --gpus 2 --share 3
     python benchmarks/language.py time768:3 --dry-run
 
 DATA (or STRUCTLIN_DATA) is a folder with text/train.jsonl, text/valid.jsonl and, if there are, text/text_extra.jsonl,
@@ -9,7 +10,8 @@ the queue. A run is ``structlin train`` in a process of its own, then ``structli
 its parts; of several plans the first comes first, and in it the longest. Nothing starts that is not expected to end
 within --limit, and what is not done by then is ended. Records are written to results/language-PLAN.json after every
 part, so the same command goes on with what is missing. Times in records are those of training steps; ``total_seconds``
-has start, compilation, validation and writing too.
+has start, compilation, validation and writing too. With --share several runs are on a GPU at once, for losses alone:
+their records say so, and no plan takes a speed from them.
 """
 
 from __future__ import annotations
@@ -75,8 +77,9 @@ class Job:
 class Place:
     """Where runs lie, what their data is, and how a job is started."""
 
-    def __init__(self, folder: Path, data: Path | None, beside: float | None = None) -> None:
+    def __init__(self, folder: Path, data: Path | None, beside: float | None = None, share: int = 1) -> None:
         self.folder, self.data, self.beside = folder, data, beside  # beside: the ``start`` of training jobs
+        self.share = share  # jobs on a GPU at once
 
     def file(self, kind: str, name: str) -> Path | None:
         assert self.data is not None
@@ -124,7 +127,7 @@ class Place:
         here = self.folder / job.run.name
         here.mkdir(parents=True, exist_ok=True)
         caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
-        threads = str(max(1, (os.cpu_count() or 1) // gpus))
+        threads = str(max(1, (os.cpu_count() or 1) // (gpus * self.share)))
         env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": threads,
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"), "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
@@ -159,6 +162,7 @@ class Place:
         text = found["config"]["text"]
         config["text"] = {part: text[part] for part in ("train", "valid")} | {"tokenizer": text["tokenizer"]}
         config |= {"plan": plan, "recipe": run.recipe, "given": dict(run.fields), "parts": [job.part for job in done]}
+        config |= {"share": self.share}
         series = {name: thinned(values) for name, values in found.get("series", {}).items()}
         return {**found, "command": command, "config": config, "metrics": metrics, "series": series}
 
@@ -195,27 +199,29 @@ def _is_kept(name: str) -> bool:
 def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Callable[[Job, float], None]) -> list[Job]:
     """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
+    A device has ``place.share`` jobs at once, which are expected to take that many times as long.
     ``report(job, seconds)`` is called after each that ended by itself, whatever came out.
     """
     waiting = list(jobs)
     active: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     try:
         while True:
-            for gpu in set(range(gpus)) - active.keys():
+            for slot in sorted(set(range(gpus * place.share)) - active.keys()):
                 busy = {job.run.name for job, _, _ in active.values() if job.part == "train"}
                 for job in waiting:
                     ready = job.part == "train" or (place.folder / job.run.name / "model").exists()
-                    if ready and job.run.name not in busy and time.monotonic() + job.seconds <= limit:
+                    if ready and job.run.name not in busy and time.monotonic() + place.share * job.seconds <= limit:
                         waiting.remove(job)
-                        active[gpu] = job, place.start(job, gpu, gpus), time.monotonic()
+                        gpu = slot % gpus
+                        active[slot] = job, place.start(job, gpu, gpus), time.monotonic()
                         print(f"gpu {gpu}: {job.run.name} {job.part}, about {job.seconds:.0f} s", flush=True)
                         break
             if not active or time.monotonic() > limit:
                 return waiting + [job for job, _, _ in active.values()]
             time.sleep(0.1)
-            for gpu, (job, process, begun) in list(active.items()):
+            for slot, (job, process, begun) in list(active.items()):
                 if process.poll() is not None:
-                    del active[gpu]
+                    del active[slot]
                     report(job, time.monotonic() - begun)
     finally:
         for _, process, _ in active.values():
@@ -242,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     begun = time.monotonic()
     out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
-    place = Place(folder, Path(data) if data else None, options.start)
+    place = Place(folder, Path(data) if data else None, options.start, options.share)
     try:
         stages = [_stage(text) for text in options.plans]
         books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
@@ -271,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{len(prepared.train):,} tokens to train on, ready after {time.monotonic() - begun:.0f} s", flush=True)
     command = f"python benchmarks/language.py {' '.join(options.plans)} --gpus {options.gpus}"
+    command += f" --share {options.share}" if options.share > 1 else ""
 
     def save(run: Run) -> None:
         if (record := place.record(run, plan_of[run], command)) is not None:
@@ -345,7 +352,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", default="results", help="folder of records, language-PLAN.json, added to")
     add("--folder", default="runs/language", help="for runs, tokens and compiled code")
     add("--data", help="folder of texts; default: STRUCTLIN_DATA")
-    add("--gpus", type=int, default=1, help="processes side by side, each on a GPU of its own")
+    add("--gpus", type=int, default=1, help="GPUs to use, a process on each")
+    add("--share", type=int, default=1, help="of them on a GPU at once, where no time is measured")
     add("--limit", type=float, default=570.0, help="seconds after which nothing runs any more")
     add("--start", type=float, help="seconds that a run needs beside its steps; 35 where its code is compiled already")
     add("--dry-run", action="store_true", help="print what would run and how long it takes")

@@ -82,7 +82,13 @@ def loss(record: Record) -> float:
 
 
 def speed(record: Record) -> float:
-    """Tokens a second once a run is under way, from the second line of its log on."""
+    """Tokens a second once a run is under way, from the second line of its log on.
+
+    Raises:
+        ValueError: for a run that shared its GPU.
+    """
+    if (share := record["config"].get("share", 1)) > 1:
+        raise ValueError(f"{record['name']} ran with --share {share}, and its speed counts; allowed: 1")
     steps, seconds = record["series"]["step"], record["series"]["seconds"]
     assert len(steps) > 2, "a run whose speed counts has three lines of progress"
     return (steps[-1] - steps[0]) * STEP / (seconds[-1] - seconds[0])
@@ -267,15 +273,16 @@ MIXTURES = {
     "moe8": ("moe_ffn:experts=8:top_k=2", "mlp"), "btt_moe8": ("btt_moe:experts=8:top_k=2", "all"),
     "btt_moe16": ("btt_moe:experts=16:top_k=2", "all"),
 }  # fmt: skip
-MIXED_WIDTHS = (512, 1024)
+MIXED_WIDTHS, MIXED_TOKENS = (512, 1024), 25_000_000
 
 
 def mixtures(stage: int, records: Records) -> list[Run]:
     """Mixtures of experts beside dense: GPT-2 of six blocks, two widths.
 
     1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at three learning rates.
-    2. Each at its best rate, two seeds: dense over 40M tokens, the others for its training FLOPs and for its time, by
-       what the sweep counted and measured.
+    2. A short run of each, for its speed.
+    3. Each at its best rate, two seeds: dense over 25M tokens, the others for its training FLOPs and for its time, by
+       what the sweep counted and the short runs measured.
     """
     names = {"dense": ("dense", "mlp"), **MIXTURES}
     plan = []
@@ -294,18 +301,25 @@ def mixtures(stage: int, records: Records) -> list[Run]:
                 for name, (spec, layers) in names.items() for lr in rates
             ]  # fmt: skip
             continue
+        if stage == 2:
+            plan += [
+                run("gpt2_small", 60, spec, layers=layers, lr=rates[0], **sizes, speed=thought,
+                    name=f"moe-w{width}-{name}-speed")
+                for name, (spec, layers) in names.items()
+            ]  # fmt: skip
+            continue
         chosen = {name: best(found(records, title(width, name, lr)) for lr in rates) for name in names}
-        dense, tokens = chosen["dense"], 40e6
+        speeds = {name: speed(found(records, f"moe-w{width}-{name}-speed")) for name in names}
+        flops = {name: record["metrics"]["flops_per_token"] or 1 for name, record in chosen.items()}
         for name, (spec, layers) in names.items():
-            own = chosen[name]
-            flops = (dense["metrics"]["flops_per_token"] or 1) / (own["metrics"]["flops_per_token"] or 1)
-            budgets = {"flops": tokens * flops, "time": tokens * speed(own) / speed(dense)}
-            for budget, most in ({"flops": tokens} if name == "dense" else budgets).items():
-                plan += [
-                    run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=own["config"]["lr"], seed=seed,
-                        **sizes, speed=speed(own), priority=seed, name=f"moe-w{width}-{name}-{budget}-s{seed}")
-                    for seed in (0, 1)
-                ]  # fmt: skip
+            budgets = {"flops": MIXED_TOKENS * flops["dense"] / flops[name]}
+            if name != "dense":
+                budgets["time"] = MIXED_TOKENS * speeds[name] / speeds["dense"]
+            plan += [
+                run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=chosen[name]["config"]["lr"],
+                    seed=seed, **sizes, speed=speeds[name], priority=seed, name=f"moe-w{width}-{name}-{budget}-s{seed}")
+                for budget, most in budgets.items() for seed in (0, 1)
+            ]  # fmt: skip
     return plan
 
 
@@ -323,7 +337,7 @@ PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "time2048": time_to_loss(2048, 4), "methods": methods,
     "mixtures": mixtures, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 2, "smoke": 1}
+STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -12,8 +12,10 @@ for the member of its family that comes nearest to a share of the dense paramete
   by the correlation on STS-B, a decoder by its perplexity and by minimal pairs.
 - recover: the same, after so many steps of distillation from the dense model.
 - tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S).
+- speed: milliseconds of a training step and of a forward pass, launched from Python and compiled, and their memory.
 
-The stages project and tasks begin with the dense model. A record is written after every case, and cases that are in the
+All stages but recover begin with the dense model. Seconds and milliseconds count where nothing else runs beside them.
+A record is written after every case, and cases that are in the
 file already are not run again, so that a run which is cut short goes on.
 """
 
@@ -171,27 +173,52 @@ def rules_for(model: nn.Module, glob: str, family: str, share: float) -> dict[st
 
 
 def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
-    """Median milliseconds of a forward pass without gradients, its peak of memory, and bytes of weights."""
+    """Median milliseconds of the model's body on random tokens, as it is and compiled, and the peak of memory as it is.
+
+    A step is forward, backward and AdamW with weights in float32, on a GPU under autocast to bfloat16; then a forward
+    pass without gradients, there with weights in bfloat16.
+    """
     rows, columns = bench.options.speed_shape
-    ids = torch.randint(min(1000, len(bench.tokenizer)), (rows, columns), device=bench.device)
     cuda = bench.device.type == "cuda"
+    body: Any = getattr(model, "base_model", model)
+    compiled = torch.compile(body, mode="reduce-overhead" if cuda else None)
+    ids = torch.randint(min(1000, len(bench.tokenizer)), (rows, columns), device=bench.device)
+    optimizer = torch.optim.AdamW(sl.param_groups(body, 1e-5))
 
-    def once() -> float:
-        start = time.perf_counter()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        if cuda:
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+    def step(run: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=cuda):
+            loss = run(input_ids=ids).last_hidden_state.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    model.eval()
-    with torch.no_grad():
-        for _ in range(2):
-            once()
+    def forward(run: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            run(input_ids=ids)
+
+    def timed(call: Callable[[Any], None], run: Any) -> float:
+        times = []
+        for _ in range(25 if cuda else 5):
+            start = time.perf_counter()
+            call(run)
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times[5 if cuda else 2 :])
+
+    found: dict[str, float | int | None] = {}
+    for name, call in (("step", step), ("forward", forward)):
+        if name == "forward":
+            body.eval().to(torch.bfloat16 if cuda else torch.float32)
+            torch.compiler.reset()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times = [once() for _ in range(20 if cuda else 3)]
-    found = {"forward_ms": median(times), "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
-    return {**found, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+        found[f"{name}_ms"] = timed(call, body)
+        found[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+        found[f"compiled_{name}_ms"] = timed(call, compiled)
+    return found
 
 
 def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Sequence[Tensor]) -> dict[str, float]:
@@ -259,7 +286,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 yield Case(stage, task=task)
             for share in shares:
                 for family in families:
-                    for fitted in {"no": (False,), "yes": (True,), "both": (False, True)}[options.fit]:
+                    fits = {"no": (False,), "yes": (True,), "both": (False, True)}[options.fit]
+                    for fitted in (False,) if stage == "speed" else fits:
                         yield Case(stage, family, share, fitted, task)
 
 
@@ -274,7 +302,7 @@ def structured(
     rules = rules_for(model, RULES[bench.folder.name], case.family, case.share)
     given = inputs() if case.fitted else None
     start = time.perf_counter()
-    done = sl.to_structured_(model, rules, weights="project", inputs=given)
+    done = sl.to_structured_(model, rules, weights="init" if case.stage == "speed" else "project", inputs=given)
     params, dense = sum(s.params for s in done), sum(s.dense_params for s in done)
     return model, done, {
         "project_seconds": time.perf_counter() - start,
@@ -283,7 +311,7 @@ def structured(
         "swapped_params": params,
         "swapped_dense_params": dense,
         "model_params": sum(p.numel() for p in model.parameters()),
-        "error": sum(s.error or 0.0 for s in done) / len(done),
+        "error": None if case.stage == "speed" else sum(s.error or 0.0 for s in done) / len(done),
     }  # fmt: skip
 
 
@@ -297,12 +325,16 @@ def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windo
             sl.save(model, folder)
             model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
             bench.tokenizer.save_pretrained(folder)
-            data, tuning = Path(bench.options.data) / "glue", finetune.Tuning(lr=bench.options.task_lr)
+            data = Path(bench.options.data) / "glue"
+            tuning = finetune.Tuning(lr=bench.options.task_lr)
             found = finetune.finetune(folder, str(case.task), data, "", tuning, device=bench.options.device)
         return {**metrics, **found["metrics"], "score": found["metrics"][found["config"]["main_metric"]]}, used
+    metrics["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    if case.stage == "speed":
+        return {**metrics, **speed(bench, model)}, used
     if case.stage == "recover":
         metrics |= distil(bench, bench.dense(), model, windows())
-    return {**metrics, **bench.measure(model), **speed(bench, model)}, used
+    return {**metrics, **bench.measure(model)}, used
 
 
 def main() -> None:

@@ -213,7 +213,7 @@ def test_measured_tables_are_those_of_the_record() -> None:
 
 def pretrained_rows(path: Path) -> list[str]:
     """The tables of docs/convert.md on pretrained models, from a record of benchmarks/real_models.py."""
-    rows, tasks = [], {}
+    rows, tasks, dense = [], {}, {}
     for record in records.read(path):
         metrics, config = record["metrics"], record["config"]
         if config["stage"] == "tasks":
@@ -223,12 +223,16 @@ def pretrained_rows(path: Path) -> list[str]:
         if record["status"] == "failed":
             rows.append(f"| {record['name']} | cannot be done: {record['error']} |")
             continue
-        cells = ["-", "-", "-"]
+        cells = ["-", "-"] + ["-"] * (config["stage"] != "speed")
         if "params" in metrics:
-            cells = [f"{100 * metrics[key]:.1f}" for key in ("params", "flops")] + [f"{metrics['error']:.3f}"]
+            cells = [f"{100 * metrics[key]:.1f}" for key in ("params", "flops")]
+            cells += [f"{metrics['error']:.3f}"] if config["stage"] != "speed" else []
         cells.append(f"{metrics['weight_bytes'] / 1e6:.1f}")
-        if record["device"]["type"] == "cuda":  # times of a CPU that others use too say nothing
-            cells += [f"{metrics['forward_ms']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}"]
+        if config["stage"] == "speed":
+            dense = dense or metrics
+            cells.append(f"{metrics['step_peak_bytes'] / 1e6:.0f}")
+            for name in ("step_ms", "compiled_step_ms", "forward_ms", "compiled_forward_ms"):
+                cells.append(f"{metrics[name]:.2f} ({dense[name] / metrics[name]:.2f})")
         scores = [f"{metrics['pearson']:.3f}"] if "pearson" in metrics else []
         if "loss" in metrics:
             scores = [f"{metrics['loss']:.2f}", f"{100 * metrics['blimp']:.1f}"]
@@ -236,9 +240,7 @@ def pretrained_rows(path: Path) -> list[str]:
     for name, by in tasks.items():
         scores = [f"{100 * metrics['score']:.1f}" for metrics in by.values()]
         mean = sum(metrics["score"] for metrics in by.values()) / len(by)
-        seconds, dense = (sum(m["seconds"] for m in found.values()) for found in (by, tasks["dense"]))
-        cells = [f"{100 * mean:.1f}", *scores, f"{dense / seconds:.2f}"]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append(f"| {name} | {100 * mean:.1f} | {' | '.join(scores)} |")
     return rows
 
 

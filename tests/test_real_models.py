@@ -88,7 +88,7 @@ def test_the_nearest_member_of_a_family_is_found(bench: Any) -> None:
 def test_every_stage_runs_and_goes_on(
     bench: Any, data: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    stages = "project,recover,tasks" if folder.name == "minilm" else "project,recover"
+    stages = "project,recover,tasks,speed" if folder.name == "minilm" else "project,recover"
     arguments = [
         "real_models.py", str(tmp_path / "out.json"), "--model", str(folder), "--data", str(data), "--stages", stages,
         "--structures", "low_rank", "--shares", "0.5", "--tasks", "mrpc,stsb", "--device", "cpu", "--pairs", "3",
@@ -112,6 +112,8 @@ def test_every_stage_runs_and_goes_on(
     if folder.name == "minilm":
         assert names[5:8] == ["tasks mrpc dense", "tasks mrpc low_rank 50%", "tasks mrpc low_rank 50% fitted"]
         assert found[5]["metrics"]["score"] == found[5]["metrics"]["f1"]
+        assert names[-2:] == ["speed dense", "speed low_rank 50%"]
+        assert {"step_ms", "compiled_step_ms", "forward_ms", "compiled_forward_ms"} < found[-1]["metrics"].keys()
     else:
         assert dense["pairs"] == 3
     capsys.readouterr()
