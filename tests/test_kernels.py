@@ -191,6 +191,21 @@ def check_sets(device):
         assert torch.equal(there, torch.arange(tokens * top_k).int())
 
 
+def check_added(device):
+    """Sums over units, more of an expert than are read at a time; units without tokens hold whatever was there."""
+    from structlin.kernels.routed import added
+
+    for units, top_k, experts, n in ((47, 2, 8, 700), (9, 1, 1, 5), (30, 3, 4, 513)):
+        unit = torch.stack([torch.randperm(experts)[:top_k] for _ in range(units)]).int()
+        unit[torch.rand(units) < 0.2] = -1
+        there, parts = unit.flatten() >= 0, torch.randn(units * top_k, n)
+        wanted = torch.zeros(experts, n, dtype=torch.float64)
+        wanted.index_add_(0, unit.flatten()[there].long(), parts[there].double())
+        parts[~there] = float("nan")
+        found = added(parts.to(device), unit.to(device), torch.empty(experts, n, device=device))
+        torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def check_mixture(device):
     """Against all experts computed for every token, multiplied by a gate of zeros where they were not chosen."""
     from structlin.accuracy import assert_as_accurate
@@ -387,9 +402,13 @@ def check_sums(device):
 def check_gradients(device):
     """A step whose gradients are one kernel: outputs and all gradients of whole chains."""
     import structlin as sl
+    from structlin.kernels import gradients
     from structlin.ops import lowering, moves, schedule
 
     poison(device)
+    enough, gradients.ENOUGH = gradients.ENOUGH, 1  # programs, so that one goes over tokens many times
+    check_plan(sl.Blast(nblocks=4, rank=8).plan(64, 96), 1040, device)
+    gradients.ENOUGH = enough
     for spec, shape, tokens in (
         (sl.Blast(nblocks=2, rank=24), (64, 48), 264),
         (sl.Blast(nblocks=4, rank=8), (64, 96), 1040),
@@ -435,6 +454,7 @@ CHECKS = [
     check_sums,
     check_gradients,
     check_sets,
+    check_added,
     check_mixture,
     check_route,
 ]

@@ -90,6 +90,25 @@ def test_time_to_loss_follows_from_the_records() -> None:
         plan(2, [])
 
 
+def test_contenders_are_held_to_the_mean_of_denses_seeds() -> None:
+    plan, found = plans.PLANS["time768"], []
+    for stage in (1, 2):
+        found += [record(run, losses(run), 6e5) for run in plan(stage, found)]
+    (again,) = (run for run in plan(4, found) if run.name == "w768-dense-x1-lr0.002-s1")
+    for lucky, reached in ((3.97, True), (3.9, False)):  # DYAD is at 3.98, the other seed of dense at 4
+        shares = {run.name.split("-x")[1][:4] for run in plan(3, [*found, record(again, lucky)])}
+        assert ("0.42" in shares) == reached
+
+
+def test_no_speed_is_taken_from_a_shared_gpu() -> None:
+    run = plans.PLANS["mixtures"](2, [])[0]
+    shared = record(run, 4.0)
+    shared["config"]["share"] = 3
+    assert plans.speed(record(run, 4.0)) == pytest.approx(6e5)
+    with pytest.raises(ValueError, match=f"{run.name} ran with --share 3"):
+        plans.speed(shared)
+
+
 def test_the_page_of_claims_is_that_of_the_records() -> None:
     page = claims.PAGE.read_text(encoding="utf-8")
     assert claims.filled(page) == page, "run benchmarks/claims.py"

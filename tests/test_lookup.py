@@ -49,6 +49,9 @@ def test_an_index_that_a_tracer_made_is_not_kept():
 def test_an_index_that_a_transform_made_is_not_kept(monkeypatch):
     monkeypatch.setattr(lookup, "_kept", {})
     promises.works_under_transforms(FLY.T, (16, 24), "cpu")
+    layer = sl.StructuredLinear(24, 16, FLY)
+    torch.func.functionalize(layer)(torch.randn(2, 24))
+    layer(torch.randn(2, 24)).sum().backward()
     promises.compiles_whole(FLY.T, (16, 24), "cpu")
 
 

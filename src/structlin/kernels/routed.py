@@ -35,6 +35,15 @@ def _placed(gate_ptr, token_ptr, choice_ptr, out_ptr, tokens, places, TILE_: tl.
 
 
 @triton.jit
+def _slots(unit_ptr, unit, base, DIGIT: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Of each row of all experts' columns, ``base`` slots on: its slot, its digit, whether it is one, its expert."""
+    row = tl.arange(0, ROWS)
+    j, digit = base + row // BLOCK, row % BLOCK
+    real = (j < TOP_K) & (digit < DIGIT)
+    return j, digit, real, tl.load(unit_ptr + unit * TOP_K + j, mask=real, other=0)
+
+
+@triton.jit
 def _first(
     x_ptr, w_ptr, z_desc, token_ptr, unit_ptr, first_ptr, tiles_ptr, tokens, places,
     C: tl.constexpr, A: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
@@ -46,10 +55,8 @@ def _first(
     tiles = tl.load(tiles_ptr + unit)
     if tiles > 0:
         begin = tl.load(first_ptr + unit)
-        t, a, row = tl.arange(0, PART_), tl.arange(0, BLOCK_A), tl.arange(0, ROWS)
-        j, f = row // BLOCK_F, row % BLOCK_F
-        real = (j < TOP_K) & (f < F)
-        expert = tl.load(unit_ptr + unit * TOP_K + j, mask=real, other=0)
+        t, a = tl.arange(0, PART_), tl.arange(0, BLOCK_A)
+        _, f, real, expert = _slots(unit_ptr, unit, 0, F, TOP_K, BLOCK_F, ROWS)
         w = tl.load(
             w_ptr + ((expert * C + c) * F + f)[:, None] * A + a[None, :],
             mask=real[:, None] & (a < A)[None, :],
@@ -81,10 +88,8 @@ def _second(
     tiles = tl.load(tiles_ptr + unit)
     if tiles > 0:
         begin = tl.load(first_ptr + unit)
-        t, slot, row, o = tl.arange(0, PART_), tl.arange(0, SLOTS), tl.arange(0, ROWS), tl.arange(0, BLOCK_O)
-        j, c = row // BLOCK_C, row % BLOCK_C
-        real = (j < TOP_K) & (c < C)
-        expert = tl.load(unit_ptr + unit * TOP_K + j, mask=real, other=0)
+        t, slot, o = tl.arange(0, PART_), tl.arange(0, SLOTS), tl.arange(0, BLOCK_O)
+        _, c, real, expert = _slots(unit_ptr, unit, 0, C, TOP_K, BLOCK_C, ROWS)
         w = tl.load(
             w_ptr + ((expert * F + f)[None, :] * O + o[:, None]) * C + c[None, :],
             mask=real[None, :] & (o < O)[:, None],
@@ -119,11 +124,9 @@ def _second_backward(
     tiles = tl.load(tiles_ptr + unit)
     if tiles > 0:
         begin = tl.load(first_ptr + unit)
-        t, slot, row, o = tl.arange(0, PART_), base + tl.arange(0, SLOTS), tl.arange(0, ROWS), tl.arange(0, BLOCK_O)
-        j, c = base + row // BLOCK_C, row % BLOCK_C
-        real = (j < TOP_K) & (c < C)
+        t, slot, o = tl.arange(0, PART_), base + tl.arange(0, SLOTS), tl.arange(0, BLOCK_O)
+        j, c, real, expert = _slots(unit_ptr, unit, base, C, TOP_K, BLOCK_C, ROWS)
         inside = real[None, :] & (o < O)[:, None]
-        expert = tl.load(unit_ptr + unit * TOP_K + j, mask=real, other=0)
         w = tl.load(w_ptr + ((expert * F + f)[None, :] * O + o[:, None]) * C + c[None, :], mask=inside, other=0.0)
         acc = tl.zeros((BLOCK_O, ROWS), tl.float32)
         token = tl.load(token_ptr + begin * TILE_ + t)
@@ -162,15 +165,13 @@ def _first_backward(
     PARTS: tl.constexpr = TILE_ // PART_
     c, unit = tl.program_id(0) % C, tl.program_id(0) // C
     tiles = tl.load(tiles_ptr + unit)
-    a, row, e = tl.arange(0, BLOCK_A), tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
+    a, e = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_E)
     of_router = (e < EXPERTS)[:, None] & (a < A)[None, :]
     router_acc = tl.zeros((BLOCK_E, BLOCK_A), tl.float32)
     if tiles > 0:
         begin, t = tl.load(first_ptr + unit), tl.arange(0, PART_)
-        j, f = row // BLOCK_F, row % BLOCK_F
-        real = (j < TOP_K) & (f < F)
+        j, f, real, expert = _slots(unit_ptr, unit, 0, F, TOP_K, BLOCK_F, ROWS)
         inside = real[:, None] & (a < A)[None, :]
-        expert = tl.load(unit_ptr + unit * TOP_K + j, mask=real, other=0)
         w = tl.load(w_ptr + ((expert * C + c) * F + f)[:, None] * A + a[None, :], mask=inside, other=0.0)
         if EXPERTS:
             router = tl.load(router_ptr + e[:, None] * (C * A) + (c * A + a)[None, :], mask=of_router, other=0.0)

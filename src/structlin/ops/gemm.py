@@ -90,18 +90,18 @@ def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
     """``a`` and ``b`` contracted by a kernel of ours that reads and writes any order.
 
     None where a GEMM could do so too, or has enough to multiply to be faster in spite of its copies; and where the
-    kernel cannot: with axes of a role in more than two runs of memory, or tensors of 2**31 elements.
+    kernel cannot: with axes of a role in more than two runs of memory, or tensors that reach over 2**31 elements.
     """
     gemm = plan_gemm(equation, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())
     if not gemm.copies or not a.numel() or not b.numel() or min(gemm.sizes[1:]) > SMALL:
         return None
     axes_a, axes_b, axes_c = parse(equation)
     size = dict(zip(axes_a, a.shape, strict=True)) | dict(zip(axes_b, b.shape, strict=True))
-    c = a.new_empty([size[x] for x in axes_c])
+    c = a.new_empty([size[x] for x in axes_c], device="meta")
     tensors = ((axes_a, a), (axes_b, b), (axes_c, c))
     largest = max(tensors, key=lambda named: named[1].numel())
     digits = [_digits(role, size, tensors, largest) for role in gemm.axes]
-    if largest[1].numel() >= 2**31 or any(len(role) > 2 for role in digits):
+    if any(_reach(tensor) >= 2**31 for _, tensor in tensors) or any(len(role) > 2 for role in digits):
         return None
     from ..kernels.product import Role, product
 
@@ -109,8 +109,14 @@ def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
     for role in digits:
         (outer, *first), (inner, *second) = [(1, 0, 0, 0)] * (2 - len(role)) + role
         roles.append(Role(outer * inner, inner, *zip(first, second, strict=True)))
+    c = torch.empty_like(c, device=a.device)
     product(a, b, c, *roles)
     return c
+
+
+def _reach(tensor: Tensor) -> int:
+    """How far its last element lies from its first."""
+    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _digits(

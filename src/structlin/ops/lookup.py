@@ -54,12 +54,11 @@ def scatter(x: Tensor, table: Table, row: int, slot: int) -> Tensor:
 
 def index_on(device: torch.device, index: tuple[int, ...]) -> Tensor:
     """``index`` as a tensor, kept for each device unless a tracer or a transform made it, which it must not outlive."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
         return torch.tensor(index, device=device)
     found = _kept.get((device, index))
     if found is None:
         with torch.inference_mode(False):
-            found = torch.tensor(index, device=device)
-        if type(found) is Tensor and torch._C._has_storage(found):
-            _kept[device, index] = found
+            found = _kept[device, index] = torch.tensor(index, device=device)
     return found

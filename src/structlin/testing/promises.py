@@ -136,9 +136,10 @@ def costs_what_it_says(spec: Spec, shape: Shape, device: str) -> None:
     for run in (lambda: layer(x), lambda: plain(layer, x))[: 1 if isinstance(layer, RoutedLinear) else 2]:
         with FlopCounterMode(display=False) as counted:
             run()
+        found = counted.get_total_flops()
         padded = isinstance(layer, RoutedLinear) and device != "cpu"  # the rows of an expert, to whole blocks there
-        if counted.get_total_flops() != said and not padded:
-            raise AssertionError(f"{counted.get_total_flops()} FLOPs counted, {said} said")
+        if found < said or (found > said and not padded):
+            raise AssertionError(f"{found} FLOPs counted, {said} said")
     placed = sum(p.numel() for mask in masks_of(layer) for p in mask.parameters())
     if sum(p.numel() for p in layer.parameters()) != params + placed:
         raise AssertionError("num_params is not the number of elements")
