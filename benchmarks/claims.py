@@ -210,7 +210,7 @@ def mixed(width: int, budget: str, other: str) -> Callable[[], Finding]:
             return None
         said = ", ".join(f"{name} {plus_minus(values)}" for name, values in losses.items())
         ours = min((losses[name] for name in ("btt_moe8", "btt_moe16")), key=mean)
-        return f"loss {said}; GPT-2 of 6 blocks, dense 25M tokens", max(ours) < min(losses[other])
+        return f"loss {said}; GPT-2 of 6 blocks, dense 20M tokens", max(ours) < min(losses[other])
 
     return measure
 

@@ -134,6 +134,7 @@ def test_mixtures(built, experts, top_k):
         first, second = rand(experts, c, f, a), rand(experts, f, o, c)
         for bias in (None, torch.zeros(experts)):
             logits, gate, chosen = route.route(x, weight, bias, top_k)
+        group(chosen.expand(512, *chosen.shape).flatten(0, 1), experts)
         sets = group(chosen, experts)
         _, z = routed.forward(x, first, second, gate, sets)
         dz, _, parts = routed.backward_second(dy, second, gate, z, sets)

@@ -258,6 +258,17 @@ def test_ffn_is_the_sum_of_its_experts():
         MoEFFN(16, 24, 2, 4)
 
 
+def test_ffn_takes_an_activation_that_autocast_runs_in_float32():
+    torch.manual_seed(0)
+    ffn, x = MoEFFN(16, 24, 4, 2, activation=lambda hidden: F.gelu(hidden.float())), torch.randn(20, 16)
+    plain = MoEFFN(16, 24, 4, 2)
+    plain.load_state_dict(ffn.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ffn(x)
+        torch.testing.assert_close(found, plain(x), rtol=0.02, atol=0.02)
+    found.float().sum().backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
     layer = make(sl.btt_moe(4, 2), (16, 16), "cpu")

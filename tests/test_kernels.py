@@ -166,13 +166,17 @@ def poison(device):
 
 
 def check_sets(device):
+    from structlin.kernels import sets as sorting
     from structlin.kernels.sets import group
     from structlin.kernels.tiles import TILE
 
     poison(device)
-    for kind, tokens, experts, top_k in CHOICES:
+    counted = sorting.COUNTED
+    for (kind, tokens, experts, top_k), at_once in itertools.product(CHOICES, (counted, 16)):
         chosen = draw_choices(kind, tokens, experts, top_k, device)
+        sorting.COUNTED = at_once
         sets = group(chosen, experts)
+        sorting.COUNTED = counted
         slots = chosen.sort(1).values.cpu()
         token, owner = sets.token.cpu(), sets.tile.cpu().repeat_interleave(TILE, 0)
         held = (token < tokens).nonzero()[:, 0]

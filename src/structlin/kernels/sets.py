@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .tiles import BLOCK, TILE, UNIT, Sets, limits, power
 
+COUNTED = 8192  # counts of blocks and sets that are read at a time
+
 
 @triton.jit
 def _rank(chosen_ptr, t, tokens, TOP_K: tl.constexpr):
@@ -51,25 +53,35 @@ def _count(chosen_ptr, counts_ptr, tokens, TOP_K: tl.constexpr, SETS: tl.constex
 @triton.jit
 def _start(
     counts_ptr, table_ptr, first_ptr, tiles_ptr, blocks, units,
-    SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, TILE_: tl.constexpr, UNIT_: tl.constexpr,
+    SETS: tl.constexpr, ROWS: tl.constexpr, TILE_: tl.constexpr, UNIT_: tl.constexpr,
 ):  # fmt: skip
     """Counts become the first place of each block and set; the table gets first place and first unit of each set."""
-    block, every, unit = tl.arange(0, BLOCKS), tl.arange(0, SETS), tl.arange(0, UNITS)
-    at = counts_ptr + block[:, None] * SETS + every[None, :]
-    counts = tl.load(at, mask=(block < blocks)[:, None], other=0)
-    tiles = (tl.sum(counts, 0) + TILE_ - 1) // TILE_
+    every, row = tl.arange(0, SETS), tl.arange(0, ROWS)
+    total = tl.zeros((SETS,), tl.int32)
+    for begin in tl.range(0, blocks, ROWS):
+        block = begin + row
+        total += tl.sum(tl.load(counts_ptr + block[:, None] * SETS + every, mask=(block < blocks)[:, None], other=0), 0)
+    tiles = (total + TILE_ - 1) // TILE_
     start = tl.cumsum(tiles, 0) - tiles
-    tl.store(at, tl.cumsum(counts, 0) - counts + (start * TILE_)[None, :], mask=(block < blocks)[:, None])
     parts = (tiles + UNIT_ - 1) // UNIT_
     part = tl.cumsum(parts, 0) - parts
     tl.store(table_ptr + every, start * TILE_)
     tl.store(table_ptr + SETS + every, part)
-    ours = (unit[:, None] >= part[None, :]) & (unit[:, None] < (part + parts)[None, :])
-    skipped = (unit[:, None] - part[None, :]) * UNIT_
-    first = tl.sum(tl.where(ours, start[None, :] + skipped, 0), 1)
-    left = tl.sum(tl.where(ours, tiles[None, :] - skipped, 0), 1)
-    tl.store(first_ptr + unit, first, mask=unit < units)
-    tl.store(tiles_ptr + unit, tl.minimum(left, UNIT_), mask=unit < units)
+    place = start * TILE_
+    for begin in tl.range(0, blocks, ROWS):
+        block = begin + row
+        at, there = counts_ptr + block[:, None] * SETS + every, (block < blocks)[:, None]
+        counts = tl.load(at, mask=there, other=0)
+        tl.store(at, tl.cumsum(counts, 0) - counts + place[None, :], mask=there)
+        place += tl.sum(counts, 0)
+    for begin in tl.range(0, units, ROWS):
+        unit = begin + row
+        ours = (unit[:, None] >= part[None, :]) & (unit[:, None] < (part + parts)[None, :])
+        skipped = (unit[:, None] - part[None, :]) * UNIT_
+        first = tl.sum(tl.where(ours, start[None, :] + skipped, 0), 1)
+        left = tl.sum(tl.where(ours, tiles[None, :] - skipped, 0), 1)
+        tl.store(first_ptr + unit, first, mask=unit < units)
+        tl.store(tiles_ptr + unit, tl.minimum(left, UNIT_), mask=unit < units)
 
 
 @triton.jit
@@ -113,8 +125,8 @@ def group(chosen: Tensor, experts: int) -> Sets:
     warps = 4 if sets <= 32 else 8
     _count[(blocks,)](chosen, counts, tokens, top_k, sets, BLOCK, num_warps=warps)
     _start[(1,)](
-        counts, starts, found.first, found.tiles, blocks, units,
-        sets, power(blocks), power(units), TILE, UNIT, num_warps=16,
+        counts, starts, found.first, found.tiles, blocks, units, sets, max(1, COUNTED // sets), TILE, UNIT,
+        num_warps=16,
     )  # fmt: skip
     _place[(blocks,)](
         chosen, counts, starts, found.token, found.choice, found.place, found.tile, found.unit, tokens, places,

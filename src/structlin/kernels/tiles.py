@@ -15,7 +15,7 @@ from torch import Tensor
 TILE = 128  # places of a tile
 UNIT = 8  # tiles of a unit at most
 BLOCK = 128  # tokens that one program counts
-MOST_SETS, MOST_COUNTS, MOST_ROWS = 128, 65536, 256
+MOST_SETS, MOST_ROWS = 128, 256
 
 
 class Sets(NamedTuple):
@@ -66,7 +66,7 @@ def joined(top_k: int, digit: int) -> int:
 def few_sets(tokens: int, experts: int, top_k: int) -> bool:
     """Whether a set has a whole tile of tokens on average, so that half of all places are empty at worst."""
     sets = comb(experts, top_k)
-    return sets <= MOST_SETS and tokens >= TILE * sets and -(-tokens // BLOCK) * power(sets) <= MOST_COUNTS
+    return sets <= MOST_SETS and tokens >= TILE * sets
 
 
 def fits(digits: tuple[int, int, int, int], top_k: int) -> bool:

@@ -81,7 +81,8 @@ class MoEFFN(nn.Module):
         _, gate, _, routes = self.router(tokens)
         assert isinstance(routes, Routes)
         rows = dispatch(autocast(tokens), routes)[None]
-        hidden = self.activation(ragged_mm(rows, autocast(self.up)[None], routes.ends))
+        # autocast on a GPU takes powers in float32, and so the hyperbolic GELU of GPT-2
+        hidden = autocast(self.activation(ragged_mm(rows, autocast(self.up)[None], routes.ends)))
         by_row = gate.flatten().index_select(0, routes.choice).to(hidden.dtype)
         y = ragged_mm(hidden * by_row[:, None], autocast(self.down)[None], routes.ends)
         return combine(y[0], routes).reshape(x.shape)
