@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from evidence import Finding, finished
-from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MONARCHS, REVERSED, speed, spread
+from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MIXTURES, MONARCHS, REVERSED, speed, spread
 
 from structlin.report.records import Record
 from structlin.scaling import curves, laws
@@ -353,6 +353,27 @@ def sweep_rows() -> list[str]:
     return rows
 
 
+def mixture_rows() -> list[str]:
+    """Mixtures beside dense: speed alone on a GPU, the sweep, and the losses at dense's FLOPs and at its time."""
+    rows, found = [], named("language-mixtures")
+    for width in MIXED_WIDTHS:
+        for name in ("dense", *MIXTURES):
+            title = f"moe-w{width}-{name}"
+            alone = found.get(f"{title}-speed")
+            if alone is None:
+                rows.append(f"| {width} | {name} | {NOTHING} | | | |")
+                continue
+            swept = sorted((r["config"]["lr"], _loss(r)) for n, r in found.items() if n.startswith(f"{title}-sweep-"))
+            cells = [f"{speed(alone) / 1e3:.0f}", ", ".join(f"{lr:.2g}: {loss:.2f}" for lr, loss in swept)]
+            for budget in ("flops", "flops" if name == "dense" else "time"):
+                runs = of_seeds(found, f"{title}-{budget}")
+                rate = f", rate {runs[0]['config']['lr']:.2g}" if runs else ""
+                tokens = f"{runs[0]['metrics']['tokens'] / 1e6:.0f}M" if runs else ""
+                cells.append(f"{tokens}: {plus_minus([_loss(r) for r in runs])}{rate}" if runs else NOTHING)
+            rows.append(f"| {width} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
 def _loss(record: Record) -> float:
     return record["metrics"]["valid_loss"] or math.inf
 
@@ -368,6 +389,9 @@ def tables() -> dict[str, str]:
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
     swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
     found["beyond"] = "\n\n".join(beyond())
+    mixed = ("| width | structure | 1,000 tokens a second | sweep, 10M tokens, learning rate: loss | at dense's FLOPs, "
+             "tokens: loss | in dense's time, tokens: loss |\n|---|---|--:|---|---|---|")  # fmt: skip
+    found["mixtures"] = "\n".join([mixed, *mixture_rows()])
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
 
 

@@ -1,6 +1,9 @@
 """Curves of language-model runs: validation loss against seconds of training, a PNG beside each file of records.
 
-PYTHONPATH=src python benchmarks/curves.py results/language-dyad.json results/language-time768.json
+    PYTHONPATH=src python benchmarks/curves.py results/language-dyad.json results/language-time768.json
+    PYTHONPATH=src python benchmarks/curves.py results/language-mixtures.json --mixtures docs/img/experts.png
+
+The second draws mixtures beside dense, against training FLOPs and against the seconds that each takes alone on its GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from language_plans import MIXED_WIDTHS, MIXTURES, STEP, speed
 
 from structlin.report import records
 
@@ -36,12 +40,37 @@ def curves(path: Path) -> Path:
     return path.with_suffix(".png")
 
 
+def mixtures(path: Path, out: Path) -> Path:
+    """Draw the runs of the plan "mixtures" of a file of records: a row of panels for each width, two seeds a colour."""
+    runs: dict[str, Any] = {r["name"]: r for r in records.read(path)}
+    figure, rows = pyplot.subplots(len(MIXED_WIDTHS), 2, figsize=(9, 3.4 * len(MIXED_WIDTHS)))
+    for width, panels in zip(MIXED_WIDTHS, rows, strict=True):
+        for index, name in enumerate(("dense", *MIXTURES)):
+            rate = speed(runs[f"moe-w{width}-{name}-speed"])
+            for seed in (0, 1):
+                run = runs[f"moe-w{width}-{name}-flops-s{seed}"]
+                tokens = [step * STEP for step in run["series"]["valid_step"]]
+                scales = 3 * run["metrics"]["flops_per_token"], 1 / rate
+                for axes, scale in zip(panels, scales, strict=True):
+                    axes.plot([scale * n for n in tokens], run["series"]["valid_loss"], color=f"C{index}",
+                              linewidth=1.2, label=name if seed == 0 else None)  # fmt: skip
+        for axes, what in zip(panels, ("training FLOPs", "seconds of training, alone on an H200"), strict=True):
+            axes.set(xlabel=what, ylabel="validation loss", title=f"width {width}")
+            axes.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=90)
+    return out
+
+
 def main() -> None:
     """Draw every file that is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    for path in parser.parse_args().files:
-        print(curves(path))
+    parser.add_argument("--mixtures", type=Path, metavar="FILE.png", help="draw the plan of mixtures there")
+    options = parser.parse_args()
+    for path in options.files:
+        print(mixtures(path, options.mixtures) if options.mixtures else curves(path))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ for the member of its family that comes nearest to a share of the dense paramete
 - project: the nearest layers, with and without inputs to fit them to, and the model measured as it is then: an encoder
   by the correlation on STS-B, a decoder by its perplexity and by minimal pairs.
 - recover: the same, after so many steps of distillation from the dense model.
-- tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S).
+- tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S); with
+  ``--distilled`` after the distillation of recover.
 - speed: milliseconds of a training step and of a forward pass, launched from Python and compiled, and their memory.
 
 All stages but recover begin with the dense model. Seconds and milliseconds count where nothing else runs beside them.
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,6 +68,7 @@ class Bench:
     options: argparse.Namespace
     tokenizer: Any
     encodes: bool
+    distilled: dict[tuple[str | None, float, bool], Distilled] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -253,6 +255,24 @@ def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Sequen
     return {"distil_seconds": taken, "distil_loss_first": first, "distil_loss_last": last}
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What `distil` said of a case, and the weights that it left."""
+
+    metrics: dict[str, float]
+    weights: dict[str, Tensor]
+
+
+def recovered(bench: Bench, case: Case, model: nn.Module, windows: Callable[[], list[Tensor]]) -> dict[str, float]:
+    """`distil` from the dense model, once for all stages and tasks that begin with it."""
+    key = case.family, case.share, case.fitted
+    if key not in bench.distilled:
+        metrics = distil(bench, bench.dense(), model, windows())
+        bench.distilled[key] = Distilled(metrics, {n: t.cpu() for n, t in model.state_dict().items()})
+    model.load_state_dict(bench.distilled[key].weights)
+    return bench.distilled[key].metrics
+
+
 def outputs(bench: Bench, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Embeddings of sentences, or log-probabilities (tokens, vocabulary) in float32."""
     if bench.encodes:
@@ -318,6 +338,8 @@ def structured(
 def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windows: Callable[[], list[Tensor]]) -> Any:
     """The metrics of a case, and which structures were used."""
     model, done, metrics = structured(bench, case, inputs)
+    if case.family and (case.stage == "recover" or (case.stage == "tasks" and bench.options.distilled)):
+        metrics |= recovered(bench, case, model, windows)
     used = sorted({f"{s.spec}@{s.out_features}x{s.in_features}" for s in done or []})
     if case.stage == "tasks":
         with tempfile.TemporaryDirectory() as made:
@@ -332,8 +354,6 @@ def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windo
     metrics["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     if case.stage == "speed":
         return {**metrics, **speed(bench, model)}, used
-    if case.stage == "recover":
-        metrics |= distil(bench, bench.dense(), model, windows())
     return {**metrics, **bench.measure(model)}, used
 
 
@@ -402,6 +422,7 @@ def parsed() -> argparse.Namespace:
     add("--steps", type=int, default=400, help="recover: of distillation")
     add("--batch", type=int, default=32, help="recover: windows of a step")
     add("--lr", type=float, default=3e-4, help="recover: that of a dense layer")
+    add("--distilled", action="store_true", help="tasks: distil before")
     add("--task-lr", type=float, default=5e-5, help="tasks: that of a dense layer")
     add("--speed-shape", type=int, nargs=2, default=[32, 128], help="sequences and tokens of the timed pass")
     add("--seed", type=int, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import math
 import os
 import re
@@ -209,6 +210,20 @@ def test_measured_tables_are_those_of_the_record() -> None:
     rows += measured_rows("rows-h200.json", "auto", "copy", "ceiling") + block_rows()
     missing = [row for row in rows if row not in page]
     assert not missing, "\n".join(missing)
+
+
+def test_losses_of_mixtures_are_those_of_the_record() -> None:
+    runs = records.read(ROOT / "results" / "language-mixtures.json")
+    found = {record["name"]: record["metrics"]["valid_loss"] for record in runs}
+    page = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    for width, budget in itertools.product((512, 1024), ("flops", "time")):
+        cells = []
+        for name in ("dense", "moe8", "btt_moe8", "btt_moe16"):
+            title = f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}"
+            low, high = sorted(found[f"{title}-s{seed}"] for seed in (0, 1))
+            cells.append(f"{(low + high) / 2:.3f} ± {(high - low) / 2:.3f}")
+        row = f"| {width} | dense's {'FLOPs' if budget == 'flops' else 'time'} | {' | '.join(cells)} |"
+        assert row in page, row
 
 
 def pretrained_rows(path: Path) -> list[str]:

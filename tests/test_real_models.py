@@ -93,7 +93,7 @@ def test_every_stage_runs_and_goes_on(
         "real_models.py", str(tmp_path / "out.json"), "--model", str(folder), "--data", str(data), "--stages", stages,
         "--structures", "low_rank", "--shares", "0.5", "--tasks", "mrpc,stsb", "--device", "cpu", "--pairs", "3",
         "--context", "16", "--fit", "both", "--fit-tokens", "20", "--train-tokens", "200", "--steps", "3",
-        "--batch", "2", "--speed-shape", "2", "4",
+        "--batch", "2", "--speed-shape", "2", "4", "--distilled",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     bench.main()
@@ -111,6 +111,7 @@ def test_every_stage_runs_and_goes_on(
     assert recovered["distil_seconds"] > 0
     if folder.name == "minilm":
         assert names[5:8] == ["tasks mrpc dense", "tasks mrpc low_rank 50%", "tasks mrpc low_rank 50% fitted"]
+        assert found[6]["metrics"]["distil_seconds"] == recovered["distil_seconds"], "distilled once"
         assert found[5]["metrics"]["score"] == found[5]["metrics"]["f1"]
         assert names[-2:] == ["speed dense", "speed low_rank 50%"]
         assert {"step_ms", "compiled_step_ms", "forward_ms", "compiled_forward_ms"} < found[-1]["metrics"].keys()
