@@ -81,9 +81,9 @@ def seen(monkeypatch):
     ran: list[str] = []
     multiply, weight, one = linear.multiply, linear.dense.weight, linear.joined.multiply
 
-    def product(x, factors, what, keep, kernels):
+    def product(x, factors, what, keep, kernels, bias):
         ran.append("triton" if kernels else "bmm")
-        return multiply(x, factors, what, keep, kernels)
+        return multiply(x, factors, what, keep, kernels, bias)
 
     with monkeypatch.context() as patched:
         patched.setattr(linear, "multiply", product)
@@ -619,10 +619,16 @@ def test_bmm_uses_no_kernel_of_ours():
 
 
 def test_the_flag_reaches_the_kernels_forward_and_backward(monkeypatch):
-    from structlin.ops import chain
+    from structlin.ops import chain, replay
 
     asked = []
-    monkeypatch.setattr(chain, "kernels_on", lambda d, t, wanted=True: (asked.append(wanted), measure.Kernels(0, 0))[1])
+
+    def answer(device, dtype, wanted=True):
+        asked.append(wanted)
+        return measure.Kernels(False, False)
+
+    for module in (chain, replay):
+        monkeypatch.setattr(module, "kernels_on", answer)
     layer = layer_of()
     x = inputs(layer, 5).requires_grad_()
     for wanted in (True, False):

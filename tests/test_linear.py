@@ -240,6 +240,28 @@ def test_autocast_mixes_with_every_input_dtype(backend, dtype):
         assert x.grad.dtype == given
 
 
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(spec, dtype):
+    layer = make(spec, SHAPE, "cpu", dtype)
+    x = inputs(layer, 5).requires_grad_()
+    wanted = torch.autograd.grad(layer(x).sum(), (x, *layer.parameters()))
+    y = layer(x)
+    with torch.autocast("cpu", dtype=torch.float16):
+        given = torch.autograd.grad(y.sum(), (x, *layer.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(given, wanted, strict=True))
+
+
+@every_spec
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_result_may_be_changed_in_place(spec, bias):
+    layer = make(spec, SHAPE, "cpu", bias=bias)
+    x = inputs(layer, 2, 3).requires_grad_()
+    wanted = torch.autograd.grad(layer(x).relu().sum(), (x, *layer.parameters()))
+    given = torch.autograd.grad(layer(x).relu_().sum(), (x, *layer.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(given, wanted, strict=True))
+
+
 @every_backend
 def test_inference_before_and_after_autocast(backend):
     for warm in (False, True):

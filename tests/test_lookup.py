@@ -108,7 +108,8 @@ def test_a_low_rank_term_pairs_with_the_block_sparse_kernel(spec, paired):
     pytest.importorskip("triton")
     from structlin.ops.lowering import lower
     from structlin.ops.moves import Kernels
-    from structlin.ops.schedule import pairs, schedule
+    from structlin.ops.products import pairs
+    from structlin.ops.schedule import schedule
 
     text = lower(spec.plan(256, 512)).text
     for tokens in (1, 70):
@@ -122,7 +123,8 @@ def test_only_what_lies_as_the_kernel_reads_it_pairs():
     pytest.importorskip("triton")
     from structlin.ops.lowering import lower
     from structlin.ops.moves import Kernels
-    from structlin.ops.schedule import pairs, schedule
+    from structlin.ops.products import pairs
+    from structlin.ops.schedule import schedule
 
     sparse = sl.Pixelfly(64, 4).plan(256, 512)
     low_rank = Plan.einsum("i, r i, r o -> o", names=["down", "up"], i=512, r=24, o=256)

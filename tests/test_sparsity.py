@@ -86,7 +86,8 @@ def test_the_kernels_of_hopper_take_what_is_chosen_for_them(shape):
     pytest.importorskip("triton")
     from structlin.ops.lowering import lower
     from structlin.ops.moves import Kernels
-    from structlin.ops.schedule import pairs, schedule
+    from structlin.ops.products import pairs
+    from structlin.ops.schedule import schedule
 
     plan = pixelfly_within(shape, 0.25, HOPPER_BLOCKS).plan(*shape)
     terms = schedule(lower(plan).text, 128, Kernels(True, True))

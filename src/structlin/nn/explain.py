@@ -11,7 +11,8 @@ from ..ops import choice, joined
 from ..ops.blocks import Blocks
 from ..ops.lowering import Program
 from ..ops.moves import Gather, Move, Relayout, kernels_on
-from ..ops.schedule import Multiply, pairs, schedule
+from ..ops.products import Multiply, pairs
+from ..ops.schedule import schedule
 from ..plan import Plan
 from .linear import StructuredLinear
 

@@ -181,8 +181,7 @@ class StructuredLinear(nn.Module):
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
             )
-        tokens = x.reshape(-1, self.in_features)
-        backend = self._choose(tokens) if self._dense is None else ""
+        backend = self._choose(x) if self._dense is None else ""
         if self._dense is not None:
             y = F.linear(x, getattr(self, self._dense), self.bias)
         elif backend == "dense":
@@ -190,43 +189,44 @@ class StructuredLinear(nn.Module):
             check_dtype(autocast_dtype(x), autocast_dtype(weight))
             y = F.linear(x, weight, self.bias)
         else:
-            y = self._multiply(tokens, self._factors(), backend)
-            if self.bias is not None:
-                y = y + self.bias.to(y.dtype)
-            # contiguous, as that of nn.Linear is, where padding was cut off
-            y = y.contiguous().reshape(*x.shape[:-1], self.out_features)
+            y = self._multiply(x, self._factors(), backend)
         guide = self._modules.get("guide")
         return y if guide is None else guide(x, y, self.bias)
 
-    def _choose(self, tokens: Tensor) -> str:
+    def _choose(self, x: Tensor) -> str:
         """The backend for this input; never "auto"."""
         if self._backend == "auto":
             # without gradients a layer in training is run as with them: activation checkpoints do both
             training = self.training or (
-                torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in self.parameters()))
+                torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
             )
-            return choice.choose(self._runs, tokens, training)
-        if self._backend == "triton" and "triton" not in (allowed := backends_on(tokens.device)):
+            return choice.choose(self._runs, x, training)
+        if self._backend == "triton" and "triton" not in (allowed := backends_on(x.device)):
             raise ValueError(
                 f"backend='triton' runs on GPUs, with the package triton installed, and the input is on "
-                f"{tokens.device}; allowed there: {', '.join(allowed)}"
+                f"{x.device}; allowed there: {', '.join(allowed)}"
             )
         return self._backend
 
     def _factors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.plan.factors]
 
-    def _multiply(self, tokens: Tensor, factors: list[Tensor], backend: str) -> Tensor:
-        """(tokens, in_features) -> (tokens, out_features), without the bias."""
+    def _multiply(self, x: Tensor, factors: list[Tensor], backend: str) -> Tensor:
+        """(*, in_features) -> (*, out_features), by a backend that does not multiply out the weight."""
         if self._padding[1]:
-            tokens = F.pad(tokens, (0, self._padding[1]))
+            x = F.pad(x, (0, self._padding[1]))
+        bias = None if self._padding[0] else self.bias
         if backend == "joined" and self._joined is not None:
-            y = joined.multiply(tokens, factors, self._joined, not self.recompute)
+            y = joined.multiply(x, factors, self._joined, not self.recompute, bias)
         elif self._step_backend == "bmm":
-            y = multiply(tokens, factors, self._program, not self.recompute, backend in ("triton", "joined"))
+            y = multiply(x, factors, self._program, not self.recompute, backend in ("triton", "joined"), bias)
         else:
-            y = compose(tokens, factors, self._program, self._step_backend)
-        return y[:, : self.out_features] if self._padding[0] else y
+            y = compose(x, factors, self._program, self._step_backend, bias)
+        if not self._padding[0]:
+            return y
+        y = y[..., : self.out_features]
+        # contiguous, as that of nn.Linear is
+        return y.contiguous() if self.bias is None else (y + self.bias.to(y.dtype)).contiguous()
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; forgets the weight that the dense backend keeps."""

@@ -9,18 +9,20 @@ accumulate into one result. It is registered with PyTorch, so that torch.compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import replay
 from .contract import autocast, contract, implement, refuse_transforms, seen_through
 from .lookup import collect, gather
 from .lowering import REVISION, Program, program
 from .moves import kernels_on
-from .schedule import Product, Steps, add, gradient_widths, multiply_then, saved_widths, schedule
+from .products import Product, add
+from .schedule import gradient_widths, saved_widths, schedule
 from .traced import apart, check_shapes, fake_backward, fake_forward, fake_input_backward, fake_inputs, fake_last
 
 _library = torch.library.Library("structlin", "FRAGMENT")
@@ -41,8 +43,15 @@ _backward_op = torch.ops.structlin.multiply_backward.default
 _input_backward_op = torch.ops.structlin.multiply_input_backward.default
 
 
-def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = True, kernels: bool = True) -> Tensor:
-    """(tokens, in_features) -> (tokens, out_features), by the program of a plan and its factors in order.
+def multiply(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    what: Program,
+    keep: bool = True,
+    kernels: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(*, in_features) -> (*, out_features), by the program of a plan and its factors in order; then adds ``bias``.
 
     Differentiable any number of times, under autocast, torch.compile, torch.func and export. Between forward and
     backward it keeps its intermediates, or with ``keep=False`` computes them again. With ``kernels`` those of ours run
@@ -51,18 +60,29 @@ def multiply(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool = T
     Raises:
         ValueError: when the input and a factor differ in dtype.
     """
-    x, factors = autocast(x), [autocast(factor) for factor in factors]
-    for factor in factors:
-        check_dtype(x.dtype, factor.dtype)
+    x, factors = cast_alike(x, factors)
     if x.is_complex() or not what.in_place or seen_through():
-        return compose(x, factors, what)
+        return compose(x, factors, what, bias=bias)
     if torch.compiler.is_compiling():
-        result: Tensor = _forward_op(x, factors, what.text + REVISION, keep, kernels)
+        return as_given(_forward_op(rows(x), factors, what.text + REVISION, keep, kernels), bias, x)
+    operands = (x, *factors) if bias is None else (x, bias, *factors)
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        result: Tensor = _Multiply.apply(what, False, keep, kernels, x, bias, *factors)  # type: ignore[no-untyped-call]
         return result
-    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        y: Tensor = _Multiply.apply(what, False, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
-        return y
-    return _forward(x, factors, what, False, kernels)[0]
+    return replay.forward(x, factors, what, False, kernels, bias)[0]
+
+
+def cast_alike(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The input and the factors of a layer as autocast would hand them to ``nn.Linear``.
+
+    Raises:
+        ValueError: where their dtypes differ then.
+    """
+    x = autocast(x)
+    alike = [factor if factor.dtype == x.dtype else autocast(factor) for factor in factors]
+    for factor in alike:
+        check_dtype(x.dtype, factor.dtype)
+    return x, alike
 
 
 def check_dtype(given: torch.dtype, stored: torch.dtype) -> None:
@@ -71,12 +91,14 @@ def check_dtype(given: torch.dtype, stored: torch.dtype) -> None:
         raise ValueError(f"the input is {given}, the layer {stored}; cast one of them, or run under torch.autocast")
 
 
-def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = "bmm") -> Tensor:
+def compose(
+    x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = "bmm", bias: Tensor | None = None
+) -> Tensor:
     """The same as `multiply`, as a sequence of `contract` calls on ``backend``."""
-    remaining = iter(factors)
+    remaining, tokens = iter(factors), rows(x)
     y: Tensor | None = None
     for chain in what.chains:
-        z = x if chain.gather is None else gather(x, chain.gather)
+        z = tokens if chain.gather is None else gather(tokens, chain.gather)
         z = z.reshape(-1, *chain.view)
         for stage in chain.stages:
             if stage.relayout is not None:
@@ -88,90 +110,18 @@ def compose(x: Tensor, factors: Sequence[Tensor], what: Program, backend: str = 
         z = z if chain.collect is None else collect(z, chain.collect)
         y = z if y is None else y + z
     assert y is not None
-    return y
+    return as_given(y, bias, x)
 
 
-def _terms(
-    x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], what: Program, keep: bool, kernels: bool
-) -> Iterator[tuple[Steps, Sequence[Tensor], list[Tensor]]]:
-    """Of every term its schedule, its factors, and the input of each step: ``saved``, or computed where none are, and
-    then without ``keep`` that of the last step alone."""
-    first, kept = 0, iter(saved)
-    for chain in schedule(what.text, x.shape[0], kernels_on(x.device, x.dtype, kernels)):
-        own = factors[first : first + len(chain.steps)]
-        first += len(own)
-        if saved:
-            inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(own))]
-        else:
-            inputs = [x if chain.before is None else chain.before.run(x)]
-            for step, weight in zip(chain.steps[:-1], own, strict=False):
-                z = multiply_then(step.forward, step.after, inputs[-1], weight.contiguous())
-                inputs = [*inputs, z] if keep else [z]
-                del z  # held by the inputs alone, so that who takes it from them frees it
-        yield chain, own, inputs
+def rows(x: Tensor) -> Tensor:
+    """(*, features) -> (tokens, features)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], what: Program, keep: bool, kernels: bool) -> list[Tensor]:
-    """The result, and if ``keep`` what the gradients need besides the input: each step's input that is a new tensor."""
-    x = x.contiguous()
-    products: list[Product] = []
-    new: list[Tensor] = []
-    for chain, own, inputs in _terms(x, factors, (), what, keep, kernels):
-        last = chain.steps[-1]
-        products.append(Product(last.forward, last.after, inputs[-1], own[-1].contiguous()))
-        new += [z.view(-1) for z in inputs if keep and z is not x]  # in what order is the schedule's affair
-    y = add(products)
-    return [y.view(x.shape[0], prod(y.shape[1:])), *new]
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    what: Program,
-    needed: Sequence[bool],
-    kernels: bool,
-) -> tuple[list[Tensor], list[Product]]:
-    """Gradients of every factor, an empty tensor where one is not needed; and the products, still to be run, whose sum
-    is that of the input, none where it is not needed."""
-    x, dy = x.contiguous(), dy.contiguous()
-    empty = dy.new_empty(0)
-    products: list[Product] = []
-    gradients: list[Tensor] = []
-    for chain, own, inputs in _terms(x, factors, saved, what, True, kernels):
-        steps, first = chain.steps, len(gradients)
-        *undos, last = [chain.undo, *(step.undo for step in steps)]
-        d = dy if last is None else last.run(dy)
-        found: list[Tensor] = []
-        for i in reversed(range(len(steps))):
-            z, weight, both = inputs.pop(), own[i].contiguous(), steps[i].both
-            if both is not None and needed[1 + first + i]:
-                d, dw = both.run(d, z, weight)
-                found.append(dw)
-                continue
-            found.append(steps[i].wgrad.run(z, d) if needed[1 + first + i] else empty)
-            del z  # what was computed again makes room for the next gradient
-            if i:
-                d = multiply_then(steps[i].dgrad, undos[i], d, weight)
-            elif needed[0]:
-                products.append(Product(steps[0].dgrad, undos[0], d, weight))
-        gradients += reversed(found)
-    return gradients, products
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    what: Program,
-    needed: Sequence[bool],
-    kernels: bool,
-) -> list[Tensor]:
-    """Gradients of the input and of every factor; an empty tensor where one is not needed."""
-    gradients, products = _gradients(dy, x, factors, saved, what, needed, kernels)
-    return [add(products).view_as(x) if products else dy.new_empty(0), *gradients]
+def as_given(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """(tokens, out_features), the bias added, with the leading dimensions of ``x``."""
+    y = y if bias is None else y + bias.to(y.dtype)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _backward_by_operators(
@@ -184,7 +134,7 @@ def _backward_by_operators(
     keep: bool,
     kernels: bool,
 ) -> list[Tensor]:
-    """As `_backward`, by two operators, so that compiled code lets go of the input before its gradient is allocated."""
+    """As `replay.backward`, by two operators, so compiled code lets go of the input before its gradient is made."""
     dy, wide = dy.contiguous(), what.chains[0].in_features >= what.chains[0].out_features
     if torch._C._len_torch_dispatch_stack() and not (keep and wide):
         # PyTorch keeps what an operator of ours reads, and may compute again what this view stands for: a norm, an
@@ -203,37 +153,45 @@ def _backward_by_operators(
 
 
 class _Multiply(torch.autograd.Function):
+    """The result of `multiply`; ``opaque`` where PyTorch traces for torch.compile, which gives no bias."""
+
     @staticmethod
     def forward(
-        ctx: Any, what: Program, opaque: bool, keep: bool, kernels: bool, x: Tensor, *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.what, ctx.opaque, ctx.keep, ctx.kernels = what, opaque, keep, kernels
+        ctx: Any, what: Program, opaque: bool, keep: bool, kernels: bool, x: Tensor, bias: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.how = what, opaque, keep, kernels, len(factors), None if bias is None else bias.dtype
         if opaque:
             y, saved = _forward_by_operators(x, factors, what, keep, kernels)
         else:
-            y, *saved = _forward(x, factors, what, keep, kernels)
-        ctx.factors = len(factors)
+            with torch._C._AutoDispatchBelowADInplaceOrView():  # what is returned may be changed in place
+                y, saved = replay.forward(x, factors, what, keep, kernels, bias)
         ctx.save_for_backward(x, *factors, *saved)
-        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
-        return y, *saved
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_saved: None) -> tuple[Tensor | None, ...]:
-        count: int = ctx.factors
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        what, opaque, keep, kernels, count, bias_dtype = ctx.how
         if dy is None:
-            return (None,) * (5 + count)
+            return (None, None, None, None, None, None, *[None] * count)
         x, *rest = ctx.saved_tensors
         factors, saved = rest[:count], rest[count:]
-        needed = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
-            return (None, None, None, None, *_differentiable_backward(dy, x, factors, ctx.what, needed))
-        if ctx.opaque:
-            found = _backward_by_operators(dy, x, factors, saved, ctx.what, needed, ctx.keep, ctx.kernels)
+        _, _, _, _, at_x, at_bias, *at_factors = ctx.needs_input_grad
+        needed = at_x, *at_factors
+        # with its dtype, or autocast would make it float32
+        dbias = replay.as_dtype(rows(dy).sum(0, dtype=dy.dtype), bias_dtype) if at_bias else None
+        found: Iterable[Tensor | None]
+        if not any(needed):
+            found = [None] * len(needed)
+        elif torch.is_grad_enabled():
+            found = _differentiable_backward(dy, x, factors, what, needed)
+        elif opaque:
+            found = _backward_by_operators(dy, x, factors, saved, what, needed, keep, kernels)
         else:
-            found = _backward(dy, x, factors, saved, ctx.what, needed, ctx.kernels)
-        wanted = (gradient if need else None for gradient, need in zip(found, needed, strict=True))
-        return None, None, None, None, *wanted
+            found = replay.backward(dy, x, factors, saved, what, needed, kernels)
+        dx, *wanted = (gradient if need else None for gradient, need in zip(found, needed, strict=True))
+        return None, None, None, None, dx, dbias, *wanted
 
 
 def _differentiable_backward(
@@ -266,7 +224,7 @@ def _forward_by_operators(
 def _autograd(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> Tensor:
     refuse_transforms("multiply")
     if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        y: Tensor = _Multiply.apply(program(text), True, keep, kernels, x, *factors)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Multiply.apply(program(text), True, keep, kernels, x, None, *factors)  # type: ignore[no-untyped-call]
         return y
     return _forward_by_operators(x, factors, program(text), False, kernels)[0]
 
@@ -284,14 +242,13 @@ def _undifferentiated(operator: torch._ops.OpOverload) -> Callable[..., Any]:
 
 def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True, kernels: bool = True) -> Tensor:
     check_shapes(x, factors, text)
-    return apart(_forward(x, factors, program(text), False, kernels), x)[0]
+    return apart([replay.forward(x, factors, program(text), False, kernels)[0]], x)[0]
 
 
 def _compute_inputs(x: Tensor, factors: Sequence[Tensor], text: str, kernels: bool = True) -> list[Tensor]:
     check_shapes(x, factors, text)
-    given = x.contiguous()
-    terms = _terms(given, factors, (), program(text), True, kernels)
-    return apart([z.view(-1) for _, _, inputs in terms for z in inputs if z is not given], x)
+    _, saved = replay.forward(x, factors, program(text), True, kernels)
+    return apart([z.view(-1) for z in saved], x)
 
 
 def _compute_last(
@@ -317,10 +274,10 @@ def _compute_backward(
     needed: Sequence[bool],
     kernels: bool = True,
 ) -> list[Tensor]:
-    gradients, products = _gradients(dy, x, factors, saved, program(text), needed, kernels)
+    found, products = replay.gradients(dy, x, factors, saved, program(text), needed, kernels)
     shared = [width == 0 for width in gradient_widths(text)]
     first = [dy.new_empty(0) if at_dy else p.a.view(-1) for p, at_dy in zip(products, shared, strict=False)]
-    return [*gradients, *apart(first, dy)]
+    return [*(dy.new_empty(0) if dw is None else dw for dw in found), *apart(first, dy)]
 
 
 def _compute_input_backward(

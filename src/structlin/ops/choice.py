@@ -12,6 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -102,14 +103,16 @@ def name(what: Program, kept: tuple[int, int] | None) -> str:
 
 
 def choose(runs: str, x: Tensor, training: bool) -> str:
-    """The backend for ``x``, (tokens, in_features), in training or inference."""
-    if x.is_complex() or x.device.type == "meta" or seen_through():
+    """The backend for ``x``, (*, in_features), in training or inference."""
+    if x.is_complex() or x.is_meta or seen_through():
         return "bmm"
     dtype = autocast_dtype(x)
     if torch.compiler.is_compiling():
-        return _when_traced(runs, _known_number(x.shape[0]), dtype, x.device, training)
-    key = Key(runs, dtype, bucket(x.shape[0]), x.device, training)
+        return _when_traced(runs, _known_number(prod(x.shape[:-1])), dtype, x.device, training)
+    key = Key(runs, dtype, bucket(prod(x.shape[:-1])), x.device, training)
     found = _chosen.get(key) or _resolve(key)
+    if found.eager == found.graph:
+        return found.eager
     return found.graph if capturing(x.device) else found.eager
 
 

@@ -86,6 +86,8 @@ def autocast(x: Tensor) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast would hand ``x`` to ``nn.Linear``."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x.dtype
     # float64 is exempt, as in autocast's own rule for nn.Linear
     kind = x.device.type
     if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):

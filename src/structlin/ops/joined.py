@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chain
-from .contract import autocast, implement, seen_through
+from . import chain, replay
+from .contract import implement, seen_through
 from .equation import parse
 from .lowering import REVISION, Chain, Permutation, Program, program
 from .moves import has_triton, relayout
@@ -147,8 +147,10 @@ def _swap(parts: Sequence[Part]) -> tuple[tuple[int, int, int], int] | None:
     return None if swap is None else (swap, moved[0])
 
 
-def multiply(x: Tensor, factors: Sequence[Tensor], how: Joined, keep: bool = True) -> Tensor:
-    """As `structlin.ops.multiply` of ``how.whole``: (tokens, in_features) -> (tokens, out_features), as one product.
+def multiply(
+    x: Tensor, factors: Sequence[Tensor], how: Joined, keep: bool = True, bias: Tensor | None = None
+) -> Tensor:
+    """As `structlin.ops.multiply` of ``how.whole``: (*, in_features) -> (*, out_features), as one product.
 
     Between forward and backward it keeps the joined factors and the joined input, or with ``keep=False`` the input, to
     join it again. Where the outputs are joined, it keeps the input either way.
@@ -156,18 +158,19 @@ def multiply(x: Tensor, factors: Sequence[Tensor], how: Joined, keep: bool = Tru
     Raises:
         ValueError: when the input and a factor differ in dtype.
     """
-    x, factors = autocast(x), [autocast(factor) for factor in factors]
-    for factor in factors:
-        chain.check_dtype(x.dtype, factor.dtype)
+    x, factors = chain.cast_alike(x, factors)
     if x.is_complex() or seen_through():
-        return chain.compose(x, factors, how.whole)
-    weight = torch.cat([factor.reshape(how.factor) for factor in factors], 2 if how.of_input else 1)
+        return chain.compose(x, factors, how.whole, bias=bias)
+    stacks = [factor if factor.shape == how.factor else factor.reshape(how.factor) for factor in factors]
+    weight = torch.cat(stacks, 2 if how.of_input else 1)
     ops = (_join_op, _unjoin_op, _rejoined_op) if torch.compiler.is_compiling() else _EAGER
     join, unjoin, rejoined = ops
     text = how.whole.text + (REVISION if torch.compiler.is_compiling() else "")
-    if not how.of_input:
-        return unjoin(chain.multiply(x, [weight], how.inner), text)
-    return chain.multiply(join(x, text), [weight], how.inner) if keep else rejoined(x, weight, text)
+    tokens = chain.rows(x)
+    if how.of_input and keep:
+        return chain.as_given(chain.multiply(join(tokens, text), [weight], how.inner, bias=bias), None, x)
+    y = rejoined(tokens, weight, text) if how.of_input else unjoin(chain.multiply(tokens, [weight], how.inner), text)
+    return chain.as_given(y, bias, x)
 
 
 def _of(text: str) -> Joined:
@@ -223,6 +226,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:
+        if not (ctx.traced or torch.is_grad_enabled()):
+            return _run_unjoin(dz, ctx.text), None, None
         dx: Tensor = _Unjoin.apply(dz, ctx.text, ctx.traced)  # type: ignore[no-untyped-call]
         return dx, None, None
 
@@ -235,6 +240,8 @@ class _Unjoin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        if not (ctx.traced or torch.is_grad_enabled()):
+            return _run_join(dx, ctx.text), None, None
         dz: Tensor = _Join.apply(dx, ctx.text, ctx.traced)  # type: ignore[no-untyped-call]
         return dz, None, None
 
@@ -268,11 +275,12 @@ class _Rejoined(torch.autograd.Function):
 
 
 def _run_rejoined(x: Tensor, weight: Tensor, text: str) -> Tensor:
-    return chain._forward(_run_join(x, text), [weight], _of(text).inner, False, True)[0]
+    return replay.forward(_run_join(x, text), [weight], _of(text).inner, False, True)[0]
 
 
 def _run_rejoined_backward(dy: Tensor, x: Tensor, weight: Tensor, text: str, needed: Sequence[bool]) -> list[Tensor]:
-    return chain._backward(dy, _run_join(x, text), [weight], (), _of(text).inner, needed, True)
+    found = replay.backward(dy, _run_join(x, text), [weight], (), _of(text).inner, needed, True)
+    return [dy.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
 def _applied(function: type[torch.autograd.Function], traced: bool) -> Callable[..., Tensor]:

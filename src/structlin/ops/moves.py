@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import ClassVar, NamedTuple
 
@@ -63,7 +63,7 @@ class Relayout:
 
     def run(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Copy, or add the copy to ``into``."""
-        shape = [self.shape[i] for i in self.permutation]
+        shape, strides = self._permuted
         if self.kernel:
             from ..kernels.relayout import exchange
 
@@ -71,8 +71,14 @@ class Relayout:
             result = x.new_empty(shape) if into is None else into
             exchange(x, result, *self.swap, add=into is not None)
             return result
-        permuted = x.view(self.shape).permute(self.permutation)
+        permuted = x.as_strided(shape, strides)
         return permuted.contiguous() if into is None else into.view(shape).add_(permuted)
+
+    @cached_property
+    def _permuted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the result, and strides with which the input has them."""
+        shape = tuple(self.shape[i] for i in self.permutation)
+        return shape, tuple(prod(self.shape[i + 1 :]) for i in self.permutation)
 
 
 def relayout(shape: tuple[int, ...], permutation: Permutation, exchange: bool) -> Relayout:

@@ -10,126 +10,19 @@ a kernel of ours does so where the GEMM cannot; or the result is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 
-import torch
 from torch import Tensor
 
 from ..plan import Axes
-from .blocks import Blocks, blocks
+from .blocks import blocks
 from .equation import parse
 from .gemm import plan_contiguous
 from .lowering import Chain, Stage, program
-from .moves import Kernels, Move, Relayout, aligned, both_ways, has_triton, looked_up, relayout
-
-
-@dataclass(frozen=True)
-class Plain:
-    """What the kernel that stores across takes: a GEMM per group, ``a`` being [t, g, k], or [g, k, t] if ``a_last``."""
-
-    groups: int
-    k: int
-    n: int
-    a_last: bool
-    k_inner: bool
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """Sizes and strides of the two operands and of the result as matrices, and the shape of the result."""
-
-    a: tuple[tuple[int, ...], tuple[int, ...]]
-    b: tuple[tuple[int, ...], tuple[int, ...]]
-    c: tuple[tuple[int, ...], tuple[int, ...]]
-    shape: tuple[int, ...]
-    plain: Plain | None
-
-    def run(self, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-        """Multiply, or add the product to ``into``."""
-        if into is not None and a.numel() == 0:
-            return into  # cuBLAS refuses to add nothing
-        left, right = a.as_strided(*self.a), b.as_strided(*self.b)
-        result = a.new_empty(self.shape) if into is None else into
-        out = result.as_strided(*self.c)
-        if len(self.c[0]) == 2:
-            torch.mm(left, right, out=out) if into is None else torch.addmm(out, left, right, out=out)
-        else:
-            torch.bmm(left, right, out=out) if into is None else torch.baddbmm(out, left, right, out=out)
-        return result
-
-
-Multiply = Gemm | Blocks
-"""What multiplies two tensors."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """A GEMM, its operands, and the relayout of its result: what is left to do for one term of a sum."""
-
-    gemm: Multiply
-    relayout: Move | None
-    a: Tensor
-    b: Tensor
-
-
-def pairs(products: Sequence[tuple[Multiply, Move | None]]) -> dict[int, int]:
-    """Which terms of a sum share a kernel: for the place of a block-sparse product that of a product of two plain
-    matrices, such as the last one of a low-rank term, whose inner dimension continues that of the blocks."""
-    plain = [i for i, (gemm, move) in enumerate(products) if move is None and isinstance(gemm, Gemm)]
-    found: dict[int, int] = {}
-    for i, (gemm, _) in enumerate(products):
-        if isinstance(gemm, Blocks):
-            fitting = [j for j in plain if _continues(products[j][0], gemm) and j not in found.values()]
-            found |= {i: fitting[0]} if fitting else {}
-    return found
-
-
-def _continues(gemm: Multiply, blocks: Blocks) -> bool:
-    """Whether the block-sparse kernel can read the operands of ``gemm`` and writes its result as it lies."""
-    assert isinstance(gemm, Gemm)
-    *_, rank = gemm.a[0]
-    (*group, tokens, n), _ = gemm.c
-    b = (1, rank) if blocks.which == "forward" else (n, 1)
-    strides = gemm.a[1], gemm.b[1], gemm.c[1]
-    return not group and tokens > 0 and rank % 8 == 0 and strides == ((rank, 1), b, (n, 1))
-
-
-def add(products: Sequence[Product]) -> Tensor:
-    """The sum of products of one shape: two in one kernel where they pair up, else each added to what is there."""
-    paired = pairs([(product.gemm, product.relayout) for product in products])
-    total: Tensor | None = None
-    # a block-sparse product adds to what is there while it multiplies, a GEMM by a pass over memory
-    for i in sorted(range(len(products)), key=lambda i: isinstance(products[i].gemm, Blocks)):
-        gemm, relayout, a, b = products[i].gemm, products[i].relayout, products[i].a, products[i].b
-        if i in paired:
-            assert isinstance(gemm, Blocks)
-            beside = products[paired[i]]
-            assert isinstance(beside.gemm, Gemm)
-            matrices = beside.a.as_strided(*beside.gemm.a), beside.b.as_strided(*beside.gemm.b)
-            total = gemm.run(a, b, total, matrices)
-        elif i not in paired.values():
-            total = multiply_then(gemm, relayout, a, b, total)
-    assert total is not None
-    return total
-
-
-def multiply_then(gemm: Multiply, move: Move | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """One GEMM and the relayout of its result, in one kernel where there is one; added to ``into`` if given."""
-    if move is None:
-        return gemm.run(a, b, into)
-    if isinstance(move, Relayout) and move.tokens_last and a.numel():
-        from ..kernels.across import across
-
-        assert isinstance(gemm, Gemm)
-        assert gemm.plain is not None
-        assert move.swap is not None
-        plain = gemm.plain
-        a, b = aligned(a), aligned(b)
-        return across(a, b, move.shape[0], plain.groups, plain.k, plain.n, move.swap[2], plain.a_last, plain.k_inner)
-    return move.run(gemm.run(a, b), into)
+from .moves import Kernels, Move, Relayout, both_ways, has_triton, looked_up, relayout
+from .products import Gemm, Multiply, Plain
 
 
 @dataclass(frozen=True)
