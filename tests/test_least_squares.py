@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import structlin as sl
+from structlin.nn import least_squares
 from structlin.nn.least_squares import truncated
 from structlin.testing import assert_close, error, examples, make
 
@@ -109,6 +110,35 @@ def test_block_diagonal_on_inputs_is_a_regression_of_each_block():
 def test_a_member_is_its_own_fit_on_any_inputs(spec):
     member = make(spec, (16, 16), "cpu", bias=False).to_dense().weight.detach()
     assert_close(nearest(spec, member, correlated(40, 16)), member, 1e-6)
+
+
+@pytest.mark.parametrize("spec", [sl.Blast(2, rank=3), sl.Kronecker(), sl.TensorTrain(cores=3, rank=2)], ids=str)
+def test_large_systems_go_step_by_step_to_the_same_fit(spec, monkeypatch):
+    torch.manual_seed(0)
+    weight, x = torch.randn(16, 16, dtype=FLOAT), correlated(400, 16)
+    direct = on_inputs(nearest(spec, weight, x) - weight, x)
+    monkeypatch.setattr(least_squares, "LARGEST", 1)
+    assert on_inputs(nearest(spec, weight, x) - weight, x) == pytest.approx(direct, rel=0.02)
+
+
+def test_blocks_on_inputs_end_where_exact_rounds_do():
+    """All blocks by one SVD each, round after round, until nothing falls any more."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 32, dtype=FLOAT), correlated(400, 32)
+    fitted = nearest(sl.Monarch(4, rank=2), weight, x)
+    blocks = [slice(j, None, 4) for j in range(4)]
+    exact = torch.zeros_like(weight)
+    cover = x.T @ x
+    for _ in range(300):
+        for k in range(4):
+            into = slice(8 * k, 8 * k + 8)
+            root = torch.linalg.cholesky(cover[into, into])
+            exact[:, into] = 0
+            free = torch.linalg.solve(cover[into, into], ((weight - exact) @ cover[:, into]).T).T
+            for rows in blocks:
+                u, s, v = torch.linalg.svd(free[rows] @ root, full_matrices=False)
+                exact[rows, into] = (u[:, :2] * s[:2]) @ v[:2] @ root.inverse()
+    assert on_inputs(fitted - weight, x) <= 1.02 * on_inputs(exact - weight, x)
 
 
 def test_fewer_inputs_than_features_are_enough():

@@ -1,14 +1,14 @@
 """Fitting the factors of one term to a matrix where no single SVD does it, for all inputs or for typical ones.
 
 Each factor alone is a linear least-squares problem whose normal equations are a small einsum of the other factors, so
-one solver serves every chain (BLAST, products of structures, weighted Kronecker). Two factors over column blocks of the
-input are fitted block by block instead, each exactly, by the SVD of a whitened matrix.
+one solver serves every chain (BLAST, products of structures, weighted Kronecker); where they are large, some steps of
+conjugate gradients do. `block_fit` has two factors over column blocks of the input.
 """
 
 from __future__ import annotations
 
 import string
-from itertools import product
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from ..plan import Axes, Plan, Term
 LARGE = 128  # matrices above this size are split by eigenvectors where single precision is wanted
 LARGEST = 4096  # unknowns of one system of normal equations
 PROGRESS = 1e-5  # a fit goes on while a sweep lowers the squared error by this share of it
+ON_INPUTS = 1e-4  # the same on inputs, of which there is a sample only
+STEPS = 20  # of conjugate gradients, where a system is larger than that
 
 
 def truncated(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -81,10 +83,43 @@ def size(weight: Tensor, covariance: Tensor | None) -> float:
     return float(((weight @ covariance) * weight.conj()).real.sum())
 
 
-def falls(error: float, last: float, whole: float, dtype: torch.dtype = torch.float64) -> bool:
-    """Whether another sweep is worth it: the squared error fell, and is not yet the rounding of ``dtype``."""
+def ridged(gram: Tensor) -> Tensor:
+    """Gram matrices that can be solved with, also where they are zero or singular."""
+    ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None] + torch.finfo(gram.real.dtype).tiny
+    return gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def falls(error: float, last: float, whole: float, dtype: torch.dtype = torch.float64, share: float = PROGRESS) -> bool:
+    """Whether another sweep is worth it: the squared error fell by a share of it, and is not yet the rounding of
+    ``dtype``."""
     rounding = max(1e-24, (4 * torch.finfo(dtype).eps) ** 2)
-    return last - error > PROGRESS * error and error > rounding * whole
+    return last - error > share * error and error > rounding * whole
+
+
+def descend(
+    factors: dict[str, Tensor],
+    sweep: Callable[[dict[str, Tensor], int], dict[str, Tensor]],
+    error: Callable[[dict[str, Tensor]], float],
+    goes_on: Callable[[float, float], bool],
+    sweeps: int,
+) -> dict[str, Tensor]:
+    """Sweep after sweep, each with its number, as long as one of this error after one of the last error ``goes_on``.
+
+    Before a sweep goes a step ahead in the direction of the last one, longer and longer, where that pays (Bro 1998).
+    """
+    before, last = factors, float("inf")
+    for number in range(sweeps):
+        step = number ** (1 / 3)
+        further = {name: factor + step * (factor - before[name]) for name, factor in factors.items()}
+        before = factors
+        if number > 2 and error(further) < last:
+            factors = further
+        factors = sweep(factors, number)
+        now = error(factors)
+        if not goes_on(now, last):
+            break
+        last = now
+    return factors
 
 
 def alternate(
@@ -104,22 +139,20 @@ def alternate(
         for name in term.names
     }
     system = _System(plan, term, weight.to(dtype), covariance)
-    before, last = factors, float("inf")
-    for sweep in range(sweeps):
-        if sweep > 2:
-            # a step ahead in the direction of the last sweep, longer and longer, where that pays (Bro 1998)
-            ahead = {n: f + sweep ** (1 / 3) * (f - before[n]) for n, f in factors.items()}
-            before = factors
-            factors = ahead if system.error(ahead) < last else factors
-        else:
-            before = factors
+    if len(term.names) == 1:
+        return {term.names[0]: system.solve(term.names[0], factors)}
+
+    def sweep(factors: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         for name in term.names:
             factors = factors | {name: system.solve(name, factors)}
-        error = system.error(factors)
-        if len(term.names) == 1 or not falls(error, last, system.whole, weight.dtype):
-            break
-        last = error
-    return factors
+        return factors
+
+    share = PROGRESS if covariance is None else ON_INPUTS
+
+    def goes_on(error: float, last: float) -> bool:
+        return falls(error, last, system.whole, weight.dtype, share)
+
+    return descend(factors, sweep, system.error, goes_on, sweeps)
 
 
 class _System:
@@ -147,26 +180,37 @@ class _System:
         batch = tuple(a for a in axes if a not in self.moving and a in seen)
         apart = tuple(a for a in axes if a not in self.moving and a not in seen)
         n = self.plan.size(unknown)
-        if n > LARGEST:
-            raise ValueError(
-                f"fitting {name} of {self.plan} to inputs is a system of {n} unknowns, more than {LARGEST}; "
-                "project without inputs"
-            )
-        gram = self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats
         # a correction to the factor is found, not the factor: rounding is then that of the residual
         residual = self.weight - matrix(self.plan, self.term, factors)
-        residual = residual if self.covariance is None else residual @ self.covariance
-        right = self._einsum(
-            [
-                (read(self.plan, self.term, residual), self.term.y + self.term.x),
-                *((factors[o].conj(), self.axes[o]) for o in others),
-            ],
-            batch + unknown + apart,
-        )
-        ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None] + torch.finfo(gram.real.dtype).tiny
-        gram = gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
+        if n > LARGEST:
+            return factors[name] + self._descend(name, factors, self._onto(residual, others, axes, factors))
+        right = self._onto(residual, others, batch + unknown + apart, factors)
+        gram = ridged(self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats)
         found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1))
         return factors[name] + self._einsum([(found.reshape(right.shape), batch + unknown + apart)], axes)
+
+    def _onto(self, residual: Tensor, others: list[str], want: Axes, factors: dict[str, Tensor]) -> Tensor:
+        """The right side of the normal equations: half of how fast the squared error falls along a factor."""
+        residual = residual if self.covariance is None else residual @ self.covariance
+        operands = [(read(self.plan, self.term, residual), self.term.y + self.term.x)]
+        return self._einsum([*operands, *((factors[o].conj(), self.axes[o]) for o in others)], want)
+
+    def _descend(self, name: str, factors: dict[str, Tensor], right: Tensor) -> Tensor:
+        """A correction to one factor by some steps of conjugate gradients, which never makes the error larger."""
+        others = [other for other in self.term.names if other != name]
+        found, rest, direction = torch.zeros_like(right), right, right
+        length = float(rest.abs().square().sum())
+        first = length
+        for _ in range(STEPS):
+            if length <= 1e-24 * first or length == 0:
+                break
+            through = matrix(self.plan, self.term, factors | {name: direction})
+            applied = self._onto(through, others, self.axes[name], factors)
+            step = length / float((direction.conj() * applied).real.sum())
+            found, rest = found + step * direction, rest - step * applied
+            before, length = length, float(rest.abs().square().sum())
+            direction = rest + length / before * direction
+        return found
 
     def _gram(self, others: list[str], batch: Axes, unknown: Axes, factors: dict[str, Tensor]) -> Tensor:
         operands = [(factors[o].conj(), self.axes[o]) for o in others]
@@ -192,70 +236,3 @@ class _System:
     def error(self, factors: dict[str, Tensor]) -> float:
         """Squared error of the factors."""
         return size(self.weight - matrix(self.plan, self.term, factors), self.covariance)
-
-
-def is_blockwise(term: Term) -> bool:
-    """Whether a term is two factors, the first with columns of the input alone, the second with rows of the output."""
-    if len(term.weights) != 2:
-        return False
-    first, second = term.weights
-    columns, rows = {*first} - {*second}, {*second} - {*first}
-    everything = {*first, *second} >= {*term.x, *term.y}
-    return everything and columns <= {*term.x} - {*term.y} and rows <= {*term.y} - {*term.x}
-
-
-def fit_blocks(
-    plan: Plan, term: Term, weight: Tensor, start: dict[str, Tensor], covariance: Tensor, sweeps: int
-) -> dict[str, Tensor]:
-    """Two factors that minimise the error over inputs of this covariance, from the factors in ``start``.
-
-    Column blocks of the input are fitted one after the other, each exactly given the rest; a single one is optimal.
-    """
-    first, second = term.weights
-    shared = tuple(a for a in first if a in second)
-    hidden = tuple(a for a in shared if a not in {*term.x, *term.y})
-    outer = tuple(a for a in shared if a in term.x and a not in term.y)  # column blocks that add up
-    both = tuple(a for a in shared if a in term.x and a in term.y)  # blocks that do not meet
-    inner = tuple(a for a in shared if a in term.y and a not in term.x)
-    rows, columns = tuple(a for a in second if a not in shared), tuple(a for a in first if a not in shared)
-    inputs = _indices(plan, term.x, (outer, both, columns), weight.device)
-    outputs = _indices(plan, term.y, (both, inner, rows), weight.device)
-    k, g, c = inputs.shape
-    (_, j, r), h = outputs.shape, plan.size(hidden)
-    from_down, from_up = outer + both + inner + hidden + columns, outer + both + inner + rows + hidden
-    down = start[term.names[0]].to(weight.dtype).permute([first.index(a) for a in from_down]).reshape(k, g, j, h, c)
-    up = start[term.names[1]].to(weight.dtype).permute([second.index(a) for a in from_up]).reshape(k, g, j, r, h)
-    down, up = down.clone(), up.clone()
-    whitened = {}
-    for block in product(range(k), range(g)):
-        cover = covariance[inputs[block][:, None], inputs[block]]
-        whitened[block] = torch.linalg.cholesky(cover)
-    residual, whole = weight.clone(), size(weight, covariance)
-    for block in whitened:
-        residual[outputs[block[1]].flatten()[:, None], inputs[block]] -= (up[block] @ down[block]).reshape(-1, c)
-    last = size(residual, covariance)
-    for _ in range(sweeps):
-        for block, root in whitened.items():
-            into, out = inputs[block], outputs[block[1]].flatten()
-            own = (up[block] @ down[block]).reshape(-1, c)
-            residual[out[:, None], into] += own
-            # what this block would be if it were free: the regression of what is left on its inputs
-            free = torch.cholesky_solve((residual[out] @ covariance[:, into]).mH, root).mH.reshape(j, r, c)
-            up[block], scaled = truncated(free @ root, h)
-            down[block] = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)
-            residual[out[:, None], into] -= (up[block] @ down[block]).reshape(-1, c)
-        error = size(residual, covariance)
-        if k == 1 or not falls(error, last, whole):
-            break
-        last = error
-    return {
-        term.names[0]: down.reshape(plan.shape(from_down)).permute([from_down.index(a) for a in first]),
-        term.names[1]: up.reshape(plan.shape(from_up)).permute([from_up.index(a) for a in second]),
-    }
-
-
-def _indices(plan: Plan, axes: Axes, groups: tuple[Axes, ...], device: torch.device) -> Tensor:
-    """Indices of the features read as ``axes``, one dimension for each of ``groups``."""
-    order = [axes.index(a) for group in groups for a in group]
-    index = torch.arange(plan.size(axes), device=device).reshape(plan.shape(axes)).permute(order)
-    return index.reshape([plan.size(group) for group in groups])

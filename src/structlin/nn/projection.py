@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..masks import Boxcar
 from ..plan import Plan, Term
-from . import least_squares, shared_bases
+from . import block_fit, least_squares, shared_bases
 from .boxcar_projection import refuse
 from .least_squares import matrix
 from .trains import is_train, project_train
@@ -48,8 +48,8 @@ def project(plan: Plan, weight: Tensor, inputs: Tensor | None = None) -> dict[st
         device of ``weight``.
 
     Raises:
-        ValueError: for a weight that `check` refuses, inputs of another width or with NaN or infinite entries, or
-            a structure whose least-squares problem with inputs is too large to solve.
+        ValueError: for a weight that `check` refuses, inputs of another width or with NaN or infinite entries, and with
+            inputs a plan that adds up blocks.
     """
     check(plan, weight)
     if weight.dim() > 2:
@@ -176,8 +176,8 @@ def _fit_term(
     """The term nearest to ``weight``: in closed form, or from the factors in ``start`` if they are there."""
     if covariance is None and is_train(term):
         return project_train(plan, term, weight)
-    if covariance is not None and least_squares.is_blockwise(term):
-        return least_squares.fit_blocks(plan, term, weight, start, covariance, sweeps)
+    if covariance is not None and block_fit.is_blockwise(term):
+        return block_fit.fit_blocks(plan, term, weight, start, covariance, sweeps)
     if covariance is None and not start:
         start = shared_bases.start(plan, term, weight)
     return least_squares.alternate(plan, term, weight, start, covariance, sweeps)
