@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,43 +93,54 @@ def contract_anywhere(a: Tensor, b: Tensor, equation: str) -> Tensor | None:
     None where a GEMM could do so too, or has enough to multiply to be faster in spite of its copies; and where the
     kernel cannot: with axes of a role in more than two runs of memory, or tensors that reach over 2**31 elements.
     """
-    gemm = plan_gemm(equation, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())
-    if not gemm.copies or not a.numel() or not b.numel() or min(gemm.sizes[1:]) > SMALL:
-        return None
-    axes_a, axes_b, axes_c = parse(equation)
-    size = dict(zip(axes_a, a.shape, strict=True)) | dict(zip(axes_b, b.shape, strict=True))
-    c = a.new_empty([size[x] for x in axes_c], device="meta")
-    tensors = ((axes_a, a), (axes_b, b), (axes_c, c))
-    largest = max(tensors, key=lambda named: named[1].numel())
-    digits = [_digits(role, size, tensors, largest) for role in gemm.axes]
-    if any(_reach(tensor) >= 2**31 for _, tensor in tensors) or any(len(role) > 2 for role in digits):
+    found = _anywhere(equation, tuple(a.shape), a.stride(), tuple(b.shape), b.stride())
+    if found is None:
         return None
     from ..kernels.product import Role, product
 
-    roles = []
-    for role in digits:
-        (outer, *first), (inner, *second) = [(1, 0, 0, 0)] * (2 - len(role)) + role
-        roles.append(Role(outer * inner, inner, *zip(first, second, strict=True)))
-    c = torch.empty_like(c, device=a.device)
-    product(a, b, c, *roles)
+    shape, roles = found
+    c = a.new_empty(shape)
+    product(a, b, c, *(Role(*role) for role in roles))
     return c
 
 
-def _reach(tensor: Tensor) -> int:
-    """How far its last element lies from its first."""
-    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+class _Operand(NamedTuple):
+    axes: Axes
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def _digits(
-    role: Axes,
-    size: Mapping[str, int],
-    tensors: Sequence[tuple[Axes, Tensor]],
-    largest: tuple[Axes, Tensor],
-) -> list[tuple[int, ...]]:
-    """The size and the strides in each tensor, 0 where it has none, of every run of axes; in the order of the largest
-    tensor, which is to be read or written in long rows, as far as it has them."""
-    strides = [dict(zip(axes, tensor.stride(), strict=True)) for axes, tensor in tensors]
-    leading = dict(zip(largest[0], largest[1].stride(), strict=True))
+@lru_cache(maxsize=4096)
+def _anywhere(
+    equation: str, a_shape: tuple[int, ...], a_strides: tuple[int, ...], b_shape: tuple[int, ...],
+    b_strides: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:  # fmt: skip
+    """The shape of the result, and the roles of the kernel."""
+    gemm = plan_gemm(equation, a_shape, a_strides, b_shape, b_strides)
+    if not gemm.copies or not prod(a_shape) or not prod(b_shape) or min(gemm.sizes[1:]) > SMALL:
+        return None
+    axes_a, axes_b, axes_c = parse(equation)
+    size = dict(zip(axes_a, a_shape, strict=True)) | dict(zip(axes_b, b_shape, strict=True))
+    shape = tuple(size[x] for x in axes_c)
+    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    given = (axes_a, a_shape, a_strides), (axes_b, b_shape, b_strides), (axes_c, shape, strides)
+    operands = [_Operand(*tensor) for tensor in given]
+    digits = [_digits(role, size, operands) for role in gemm.axes]
+    reach = [sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) for x in operands]
+    if max(reach) >= 2**31 or any(len(role) > 2 for role in digits):
+        return None
+    roles = []
+    for role in digits:
+        (outer, *first), (inner, *second) = [(1, 0, 0, 0)] * (2 - len(role)) + role
+        roles.append((outer * inner, inner, *zip(first, second, strict=True)))
+    return shape, tuple(roles)
+
+
+def _digits(role: Axes, size: Mapping[str, int], operands: Sequence[_Operand]) -> list[tuple[int, ...]]:
+    """The size and the strides in each operand, 0 where it has none, of every run of axes; in the order of the largest
+    operand, which is to be read or written in long rows, as far as it has them."""
+    strides = [dict(zip(x.axes, x.strides, strict=True)) for x in operands]
+    leading = strides[max(range(len(operands)), key=lambda i: prod(operands[i].shape))]
     if not all(axis in leading for axis in role):
         leading = next(own for own in strides if all(axis in own for axis in role))
     found: list[tuple[int, ...]] = []
