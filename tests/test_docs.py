@@ -212,6 +212,17 @@ def test_measured_tables_are_those_of_the_record() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_host_times_are_those_of_the_record() -> None:
+    runs = records.read(ROOT / "results" / "host-time-cpu.json")
+    found = {run["name"].removeprefix("host time "): run["metrics"] for run in runs}
+    names = "linear", "low_rank:rank=8", "monarch:nblocks=4", "dyad:nblocks=4"
+    linear, *now = (f"{found[name]['forward_backward_us']:.0f}" for name in names)
+    before = (f"{found[name]['before_forward_backward_us']:.0f}" for name in names[1:])
+    said = "takes {} us, {} us for low rank, {} for Monarch and {} for DYAD, from {}, {} and {}"
+    page = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    assert said.format(linear, *now, *before) in page
+
+
 def test_losses_of_mixtures_are_those_of_the_record() -> None:
     runs = records.read(ROOT / "results" / "language-mixtures.json")
     found = {record["name"]: record["metrics"]["valid_loss"] for record in runs}
