@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from evidence import Finding, finished
-from language_plans import CONTENDERS, DYADS, MIXED_WIDTHS, MIXTURES, MONARCHS, REVERSED, speed, spread
+from language_plans import CONTENDERS, DYADS, MIXED_TOKENS, MIXED_WIDTHS, MIXTURES, MONARCHS, REVERSED, speed, spread
 
 from structlin.report.records import Record
 from structlin.scaling import curves, laws
@@ -210,7 +210,7 @@ def mixed(width: int, budget: str, other: str) -> Callable[[], Finding]:
             return None
         said = ", ".join(f"{name} {plus_minus(values)}" for name, values in losses.items())
         ours = min((losses[name] for name in ("btt_moe8", "btt_moe16")), key=mean)
-        return f"loss {said}; GPT-2 of 6 blocks, dense 20M tokens", max(ours) < min(losses[other])
+        return f"loss {said}; GPT-2 of 6 blocks, dense {MIXED_TOKENS / 1e6:.0f}M tokens", max(ours) < min(losses[other])
 
     return measure
 
@@ -389,9 +389,9 @@ def tables() -> dict[str, str]:
             "reached |\n|---|---|--:|--:|---|---|")  # fmt: skip
     swept = "| width | structure | 1,000 tokens a second | learning rate: validation loss |\n|---|---|--:|---|"
     found["beyond"] = "\n\n".join(beyond())
-    mixed = ("| width | structure | 1,000 tokens a second | sweep, 10M tokens, learning rate: loss | at dense's FLOPs, "
-             "tokens: loss | in dense's time, tokens: loss |\n|---|---|--:|---|---|---|")  # fmt: skip
-    found["mixtures"] = "\n".join([mixed, *mixture_rows()])
+    columns = ("| width | structure | 1,000 tokens a second | sweep, 10M tokens, learning rate: loss | at dense's "
+               "FLOPs, tokens: loss | in dense's time, tokens: loss |\n|---|---|--:|---|---|---|")  # fmt: skip
+    found["mixtures"] = "\n".join([columns, *mixture_rows()])
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
 
 

@@ -16,8 +16,8 @@ for the member of its family that comes nearest to a share of the dense paramete
 - speed: milliseconds of a training step and of a forward pass, launched from Python and compiled, and their memory.
 
 All stages but recover begin with the dense model. Seconds and milliseconds count where nothing else runs beside them.
-A record is written after every case, and cases that are in the
-file already are not run again, so that a run which is cut short goes on.
+A record is written after every case, and cases that are in the file already are not run again, so that a run which is
+cut short goes on.
 """
 
 from __future__ import annotations

@@ -112,12 +112,17 @@ def test_a_member_is_its_own_fit_on_any_inputs(spec):
     assert_close(nearest(spec, member, correlated(40, 16)), member, 1e-6)
 
 
-@pytest.mark.parametrize("spec", [sl.Blast(2, rank=3), sl.Kronecker(), sl.TensorTrain(cores=3, rank=2)], ids=str)
-def test_large_systems_go_step_by_step_to_the_same_fit(spec, monkeypatch):
+LARGE = [(sl.Blast(2, rank=3), 16), (sl.Kronecker(), 16), (sl.TensorTrain(cores=3, rank=2), 16),
+         (sl.BlockDiagonal(2), 128)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "width"), LARGE, ids=str)
+def test_large_systems_go_step_by_step_to_the_same_fit(spec, width, monkeypatch):
     torch.manual_seed(0)
-    weight, x = torch.randn(16, 16, dtype=FLOAT), correlated(400, 16)
+    weight, x = torch.randn(16, width, dtype=FLOAT), correlated(400, width)
     direct = on_inputs(nearest(spec, weight, x) - weight, x)
     monkeypatch.setattr(least_squares, "LARGEST", 1)
+    monkeypatch.setattr(least_squares, "STEPS", 3)
     assert on_inputs(nearest(spec, weight, x) - weight, x) == pytest.approx(direct, rel=0.02)
 
 

@@ -139,7 +139,7 @@ def alternate(
         for name in term.names
     }
     system = _System(plan, term, weight.to(dtype), covariance)
-    if len(term.names) == 1:
+    if len(term.names) == 1 and not system.is_large(term.names[0]):
         return {term.names[0]: system.solve(term.names[0], factors)}
 
     def sweep(factors: dict[str, Tensor], _: int) -> dict[str, Tensor]:
@@ -170,6 +170,10 @@ class _System:
         names = [*plan.sizes, *(f"{a}'" for a in sorted(self.moving))]
         self.letters = dict(zip(names, string.ascii_letters, strict=False))
 
+    def is_large(self, name: str) -> bool:
+        """Whether `solve` comes nearer to the best factor ``name``, and not to it."""
+        return self.plan.size(a for a in self.axes[name] if a in self.moving) > LARGEST
+
     def solve(self, name: str, factors: dict[str, Tensor]) -> Tensor:
         """The best factor ``name`` for the others as they are."""
         axes, others = self.axes[name], [other for other in self.term.names if other != name]
@@ -179,11 +183,11 @@ class _System:
             seen |= {*self.term.x}
         batch = tuple(a for a in axes if a not in self.moving and a in seen)
         apart = tuple(a for a in axes if a not in self.moving and a not in seen)
-        n = self.plan.size(unknown)
         # a correction to the factor is found, not the factor: rounding is then that of the residual
         residual = self.weight - matrix(self.plan, self.term, factors)
-        if n > LARGEST:
-            return factors[name] + self._descend(name, factors, self._onto(residual, others, axes, factors))
+        if self.is_large(name):
+            return factors[name] + self._descend(name, others, factors, self._onto(residual, others, axes, factors))
+        n = self.plan.size(unknown)
         right = self._onto(residual, others, batch + unknown + apart, factors)
         gram = ridged(self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats)
         found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1))
@@ -195,14 +199,13 @@ class _System:
         operands = [(read(self.plan, self.term, residual), self.term.y + self.term.x)]
         return self._einsum([*operands, *((factors[o].conj(), self.axes[o]) for o in others)], want)
 
-    def _descend(self, name: str, factors: dict[str, Tensor], right: Tensor) -> Tensor:
+    def _descend(self, name: str, others: list[str], factors: dict[str, Tensor], right: Tensor) -> Tensor:
         """A correction to one factor by some steps of conjugate gradients, which never makes the error larger."""
-        others = [other for other in self.term.names if other != name]
         found, rest, direction = torch.zeros_like(right), right, right
         length = float(rest.abs().square().sum())
         first = length
         for _ in range(STEPS):
-            if length <= 1e-24 * first or length == 0:
+            if length <= 1e-24 * first:
                 break
             through = matrix(self.plan, self.term, factors | {name: direction})
             applied = self._onto(through, others, self.axes[name], factors)
