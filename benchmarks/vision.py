@@ -8,9 +8,8 @@
 DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, and CIFAR-10 in its folder cifar10. Runs are those of
 ``structlin train``: a ViT and an MLP-Mixer on CIFAR-10 and a perceptron on MNIST, each dense and in four structures or
 more, three seeds each, dense and Monarch first. Runs named step-* time whole steps of the models of Dao et al. 2022,
-table 3.1, on random images of 224 pixels. On a GPU layers are tuned first (`structlin.tune`). Nothing starts that is
-not expected to end within --limit; the file is written after every run, and the same command goes on with what is
-missing.
+table 3.1, on random images of 224 pixels. Nothing starts that is not expected to end within --limit; the file is
+written after every run, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -34,12 +33,10 @@ import numpy as np
 import torch
 from claims_vision import draw
 
-import structlin as sl
 from structlin import recipes
 from structlin.problems import train
 from structlin.problems.loop import Run as Steps
-from structlin.problems.problem import chosen
-from structlin.problems.vision import VisionRecipe, models
+from structlin.problems.vision import VisionRecipe
 from structlin.problems.vision.classify import Classify
 from structlin.problems.vision.images import VARIABLE, read
 from structlin.report import records
@@ -150,20 +147,6 @@ def timed(recipe: VisionRecipe, device: torch.device, command: str) -> Record:
     return {**found, "kind": "bench", "metrics": metrics, "series": {}}
 
 
-def tune(run: Run, recipe: VisionRecipe, device: torch.device) -> None:
-    """Measure what runs the layers of a run fastest; compiled code measures nothing itself."""
-    if recipe.structure == "dense":
-        return
-    shape = SHAPES[run.data]
-    model = models.build(recipe, shape, 10)
-    known = {name: tuple(layers) for name, layers in models.layers_of(model).items()}
-    sl.to_structured_(model, chosen(recipe, known))
-    rows = {"vit": (shape[0] // recipe.patch) ** 2 + 1, "mixer": (shape[0] // recipe.patch) ** 2, "mlp": 1}[
-        recipe.model
-    ]
-    sl.tune(model.to(device), rows * recipe.batch, dtype=torch.bfloat16)
-
-
 def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str) -> Record:
     """The small record of a run."""
     if run.data is None:
@@ -261,8 +244,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last, start = run.given["structure"], time.monotonic()
         try:
             recipe = fields(run, where, device)
-            if device.type == "cuda":
-                tune(run, recipe, device)
             record = perform(run, recipe, folder / run.name, device, command)
         except Exception as error:  # the others may still run
             print(f"{run.name}: {error!r}"[:600], flush=True)

@@ -24,6 +24,7 @@ from structlin.problems import Problem, ProblemRecipe, train
 from structlin.problems.problem import chosen
 from structlin.recipes import command
 from structlin.report import records
+from structlin.testing import plain
 from structlin.train.config import OptionError
 from structlin.train.settings import override, setting
 
@@ -148,6 +149,19 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path) -> None:
     said: list[str] = []
     assert train(toy(), tmp_path, "c", said.append)["status"] == "ok"
     assert said[0].startswith("starting anew: ")
+
+
+def test_compiled_layers_choose_their_backends_first(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("structlin.problems.loop.MEASURED", ("cpu",))
+    order: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda run, mode: lambda *given: order.append("compiled") or run(*given))
+    monkeypatch.setattr(sl.StructuredLinear, "forward", lambda self, x: order.append("layer") or plain(self, x))
+    for structure in ("dense", "monarch:nblocks=4"):
+        order.clear()
+        folder = tmp_path / structure.partition(":")[0]
+        train(toy(structure=structure, compile="default", steps=1), folder, "", lambda line: None)
+        expected = ["compiled"] * 2 if structure == "dense" else ["layer"] * 2 + ["compiled", "layer", "layer"] * 2
+        assert order[: len(expected)] == expected
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

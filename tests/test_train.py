@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from structlin import StructuredLinear
+from structlin.ops import choice
 from structlin.recipes import find
 from structlin.report import records
 from structlin.report.records import Record
@@ -309,6 +310,23 @@ def test_a_number_that_is_not_finite_stops_with_its_layer(
     assert [path.name for path in checkpoints.found(tmp_path / "run")] == ["000000004.safetensors"]
     monkeypatch.undo()
     assert run(tiny, tmp_path / "run")["status"] == "ok"
+
+
+def test_compiled_layers_are_measured_before_the_first_step(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRUCTLIN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("structlin.train.engine.MEASURED", ("cpu",))
+    monkeypatch.setattr(torch, "compile", lambda run, mode: run)
+    windows = torch.randint(300, (4, 33))
+    asked: list[tuple[int, torch.dtype]] = []
+    monkeypatch.setattr(choice, "settle", lambda key: asked.append((key.tokens, key.dtype)) or choice.rule(key))
+    for compile, dtype in (("none", "float32"), ("default", "float32"), ("default", "bfloat16")):
+        engine = Engine(dataclasses.replace(tiny, compile=compile, dtype=dtype), 300, accelerator_for(tiny))
+        engine.warm_up(windows)
+        kinds = [] if compile == "none" else [f"{tiny.structure}@{shape}" for shape in ("32x64", "64x32")]
+        assert sorted(engine.backends) == kinds
+    assert asked == [(64, torch.float32)] * 2 + [(64, torch.bfloat16)] * 2
 
 
 def test_weights_stay_where_they_were_when_a_gradient_is_not_finite(tiny: Recipe) -> None:

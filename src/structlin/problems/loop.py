@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..machine import describe_device, provenance, versions
+from ..ops.choice import MEASURED
 from ..optim import param_groups
 from ..report import records
 from ..report.records import Record
@@ -122,19 +123,22 @@ class Run:
                 self.state = state.load(path, self.model, self.optimizer, self.environment)
             except ValueError as error:
                 self.say(f"starting anew: {error}")
-        self.loss(self.problem.batch(self.state.step)).backward()
+        batch = self.problem.batch(self.state.step)
+        if self.conversion and self.recipe.compile != "none" and self.device.type in MEASURED:
+            self.loss(batch, self.problem.loss).backward()  # layers choose backends; compiled code measures nothing
+        self.loss(batch).backward()
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Loss of a batch, products in the recipe's dtype; weights stay float32."""
+    def loss(self, batch: Batch, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """Loss of a batch by ``run``, else the compiled one; products in the recipe's dtype, weights stay float32."""
         if self.recipe.compile in ("reduce-overhead", "max-autotune"):
             torch.compiler.cudagraph_mark_step_begin()
         there = tuple(part.to(self.device, non_blocking=True) for part in batch)
         with self.autocast():
-            found: Tensor = self._loss(self.model, there)
+            found: Tensor = (run or self._loss)(self.model, there)
         return found
 
     def autocast(self) -> torch.autocast:

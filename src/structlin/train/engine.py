@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..densify import densify_
 from ..guide import Guidance, guide_
-from ..nn import update_balance_
+from ..nn import StructuredLinear, tune, update_balance_
+from ..ops.choice import MEASURED
 from . import model as models
-from .config import OptionError
+from .config import DTYPES, OptionError
 from .recipe import Recipe
 
 SEEDS = 1_000_003  # random numbers of a step follow from seed, step and rank alone, so there is no state to keep
@@ -34,6 +35,7 @@ class Engine:
         conversion: the layers that were swapped.
         optimizer: AdamW over its parameters.
         guide: of self-guided training, else None.
+        backends: what compiled code runs each kind of structured layer with, where `warm_up` measured it.
 
     Raises:
         OptionError: for devices that are not there or do not divide the batch, and methods that need one process.
@@ -56,6 +58,7 @@ class Engine:
         self.wrapped, self.optimizer = self._prepared()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.densified = False
+        self.backends: dict[str, str] = {}
         self.balances = any(router.balance == "bias" for router in models.routers(self.model))
         self.restart()
 
@@ -72,7 +75,8 @@ class Engine:
         return windows[part * self.accelerator.process_index :][:part]
 
     def warm_up(self, windows: Tensor) -> None:
-        """One pass without an update, so that kernels compile outside of the timed steps."""
+        """One pass without an update, so that backends are chosen and kernels compiled outside of the timed steps."""
+        self._tune()
         loss = self.loss(windows[: self.recipe.micro_batch].to(self.device))
         self.accelerator.backward(loss)
         self.optimizer.zero_grad()
@@ -144,6 +148,14 @@ class Engine:
         self.failed = torch.maximum(self.failed, (~norm.isfinite()).float())
         self.healthy += 1 - self.failed
         self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
+
+    def _tune(self) -> None:
+        """Measure the layers on devices where their first call would: compiled code measures nothing itself."""
+        layers = [module for module in self.model.modules() if isinstance(module, StructuredLinear)]
+        if layers and self.recipe.compile != "none" and self.device.type in MEASURED:
+            rows = min(self.recipe.batch // self.accelerator.num_processes, self.recipe.micro_batch)
+            found = tune(layers, rows * self.recipe.context, dtype=DTYPES[self.recipe.dtype])
+            self.backends |= {kind.layer: kind.choice.graph for kind in found}
 
     def _guide(self) -> Guidance | None:
         if self.recipe.method != "self_guided":

@@ -211,7 +211,7 @@ def _record(
     where = provenance(command, recipe.seed, engine.device)
     where["versions"] |= {name: metadata.version(name) for name in recipe.packages}
     config = {**recipe.to_dict(), "vocabulary": tokens.vocabulary, "text": tokens.about}
-    config["processes"] = engine.accelerator.num_processes
+    config |= {"processes": engine.accelerator.num_processes, "backends": engine.backends}
     fields = {
         "kind": "train", "name": recipe.name, **where, "config": config, "metrics": metrics, "series": progress.series,
         "status": "ok" if error is None else "failed", "error": error,
