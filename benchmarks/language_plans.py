@@ -279,7 +279,7 @@ MIXED_WIDTHS, MIXED_TOKENS = (512, 1024), 20_000_000
 def mixtures(stage: int, records: Records) -> list[Run]:
     """Mixtures of experts beside dense: GPT-2 of six blocks, two widths.
 
-    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at four learning rates.
+    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at up to five learning rates.
     2. A short run of each, for its speed.
     3. Each at its best rate, two seeds: dense over 20M tokens, the others for its training FLOPs and for its time, by
        what the sweep counted and the short runs measured.
@@ -289,7 +289,7 @@ def mixtures(stage: int, records: Records) -> list[Run]:
     for width in MIXED_WIDTHS:
         sizes = {"width": width, "depth": 6, "heads": width // 64, "mlp_width": 4 * width}
         thought = 0.5 * SPEEDS["gpt2_small"] * 98e6 / (12 * 6 * width**2 + 16384 * width)
-        rates = [float(f"{factor * 1.024 / width:.2g}") for factor in (1.0, 0.5, 0.25, 0.125)]
+        rates = [float(f"{factor * 1.024 / width:.2g}") for factor in (1.0, 0.5, 0.25, 0.125, 0.0625)]
 
         def title(width: int, name: str, lr: float) -> str:
             return f"moe-w{width}-{name}-sweep-lr{lr:g}"
@@ -308,7 +308,8 @@ def mixtures(stage: int, records: Records) -> list[Run]:
                 for name, (spec, layers) in names.items()
             ]  # fmt: skip
             continue
-        chosen = {name: best(found(records, title(width, name, lr)) for lr in rates) for name in names}
+        swept = {name: {title(width, name, lr) for lr in rates} for name in names}
+        chosen = {name: best(r for r in records if r["name"] in swept[name]) for name in names}
         speeds = {name: speed(found(records, f"moe-w{width}-{name}-speed")) for name in names}
         flops = {name: record["metrics"]["flops_per_token"] or 1 for name, record in chosen.items()}
         for name, (spec, layers) in names.items():
