@@ -11,8 +11,9 @@ for the member of its family that comes nearest to a share of the dense paramete
 - project: the nearest layers, with and without inputs to fit them to, and the model measured as it is then: an encoder
   by the correlation on STS-B, a decoder by its perplexity and by minimal pairs.
 - recover: the same, after so many steps of distillation from the dense model.
-- tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S); with
-  ``--distilled`` after the distillation of recover.
+- tasks: fine-tuning on GLUE tasks from the dense weights and from the projected ones, score and seconds (D2S), at each
+  of ``--task-lrs``; with ``--distilled`` after the distillation of recover, which ``--match tokens`` makes one of all
+  tokens of pairs.
 - speed: milliseconds of a training step and of a forward pass, launched from Python and compiled, and their memory.
 
 All stages but recover begin with the dense model. Seconds and milliseconds count where nothing else runs beside them.
@@ -29,8 +30,9 @@ import lzma
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,7 +58,13 @@ FAMILIES: dict[str, Callable[[int], Spec]] = {
     "blast": lambda n: sl.Blast(nblocks=4, rank=n),
     "dyad": lambda n: sl.Dyad(nblocks=n),
 }
+SENTENCES = {"sick": ("sentence1", "sentence2"), "mrpc": ("sentence1", "sentence2"),
+             "qqp": ("question1", "question2"), "sst2": ("sentence",)}  # fmt: skip
+PAIRS = {"sick": ("sentence1", "sentence2"), "mrpc": ("sentence1", "sentence2"), "qqp": ("question1", "question2"),
+         "mnli": ("premise", "hypothesis"), "qnli": ("question", "sentence")}  # fmt: skip
+"""Tasks with the fields that are read of them: as sentences, and as pairs."""
 TASKS = ("rte", "mrpc", "cola", "stsb", "sick", "qnli")
+Windows = list[dict[str, list[int]]]
 PREFIX = "<|endoftext|>"  # what stood between documents when SmolLM2 was pretrained
 
 
@@ -77,8 +85,8 @@ class Bench:
     def dense(self) -> nn.Module:
         return load_model(self.folder, self.options.device, body=self.encodes)
 
-    def text(self, part: str, tokens: int) -> list[Tensor]:
-        """Windows of ids of a part of the text, or for an encoder padded batches of sentences of GLUE tasks."""
+    def text(self, part: str, tokens: int) -> Windows:
+        """Windows of a part of the text, or for an encoder of GLUE tasks, as the tokenizer gives them."""
         if self.encodes:
             return self.sentences(tokens)
         ids: list[int] = []
@@ -86,32 +94,48 @@ class Bench:
             ids += self.tokenizer(PREFIX + document, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= tokens:
                 break
-        return list(torch.tensor(ids[:tokens]).split(self.options.context))
+        size = self.options.context
+        return [{"input_ids": ids[:tokens][start : start + size]} for start in range(0, min(tokens, len(ids)), size)]
 
-    def sentences(self, tokens: int) -> list[Tensor]:
-        """Ids of sentences, one tensor each, in a shuffled order, from the training parts of tasks other than STS-B."""
-        found: list[Tensor] = []
-        for name, fields in (("sick", ("sentence1", "sentence2")), ("mrpc", ("sentence1", "sentence2")),
-                             ("qqp", ("question1", "question2")), ("sst2", ("sentence",))):  # fmt: skip
-            rows = lines(Path(self.options.data) / "glue" / f"{name}.jsonl.xz")
-            texts = [row[field] for row in rows if row["split"] == "train" for field in fields][:8000]
-            found += [torch.tensor(ids) for ids in self.tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
+    def sentences(self, tokens: int) -> Windows:
+        """Sentences, or pairs of them, in a shuffled order, from the training parts of tasks other than STS-B."""
+        found: Windows = []
+        pairs = self.options.match == "tokens"
+        for name, fields in (PAIRS if pairs else SENTENCES).items():
+            rows = [
+                row for row in lines(Path(self.options.data) / "glue" / f"{name}.jsonl.xz") if row["split"] == "train"
+            ]
+            if pairs:
+                texts = [tuple(row[field] for field in fields) for row in rows][:8000]
+            else:
+                texts = [(row[field],) for row in rows for field in fields][:8000]
+            columns = (list(column) for column in zip(*texts, strict=True))
+            given = self.tokenizer(*columns, truncation=True, max_length=128 if pairs else 64)
+            found += [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
-        chosen, count = [], 0
+        chosen: Windows = []
         for index in order:
             chosen.append(found[index])
-            count += len(found[index])
-            if count >= tokens:
+            tokens -= len(found[index]["input_ids"])
+            if tokens <= 0:
                 break
         return chosen
 
-    def batches(self, windows: Sequence[Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-        """Inputs of the model, ``size`` windows at a time, over and over."""
-        while True:
+    def batches(self, windows: Windows, size: int, passes: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Inputs of the model, ``size`` windows at a time, over and over or so many times."""
+        for _ in count() if passes is None else range(passes):
             for start in range(0, len(windows) - size + 1, size):
-                several = [window.tolist() for window in windows[start : start + size]]
-                ids, mask = sts.padded(several, self.tokenizer.pad_token_id or 0, self.device)
-                yield {"input_ids": ids, "attention_mask": mask}
+                several = windows[start : start + size]
+                length = max(len(window["input_ids"]) for window in several)
+                given = {name: [window[name] for window in several] for name in several[0]}
+                given["attention_mask"] = [[1] * len(ids) for ids in given["input_ids"]]
+                fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+                yield {
+                    name: torch.tensor([[*row, *[fill.get(name, 0)] * (length - len(row))] for row in rows]).to(
+                        self.device
+                    )
+                    for name, rows in given.items()
+                }
 
     def measure(self, model: nn.Module) -> dict[str, float | int | None]:
         data, options = Path(self.options.data), self.options
@@ -223,7 +247,7 @@ def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
     return found
 
 
-def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Sequence[Tensor]) -> dict[str, float]:
+def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Windows) -> dict[str, float]:
     """Train the structured layers of ``student`` towards the outputs of ``teacher``; loss at both ends and seconds."""
     options = bench.options
     layers = [module for module in student.modules() if isinstance(module, sl.StructuredLinear)]
@@ -257,24 +281,17 @@ def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Sequen
 
 @dataclass(frozen=True)
 class Distilled:
-    """What `distil` said of a case, and the weights that it left."""
+    """What making and `distil` said of a case, and the weights that they left."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | int | None]
     weights: dict[str, Tensor]
 
 
-def recovered(bench: Bench, case: Case, model: nn.Module, windows: Callable[[], list[Tensor]]) -> dict[str, float]:
-    """`distil` from the dense model, once for all stages and tasks that begin with it."""
-    key = case.family, case.share, case.fitted
-    if key not in bench.distilled:
-        metrics = distil(bench, bench.dense(), model, windows())
-        bench.distilled[key] = Distilled(metrics, {n: t.cpu() for n, t in model.state_dict().items()})
-    model.load_state_dict(bench.distilled[key].weights)
-    return bench.distilled[key].metrics
-
-
 def outputs(bench: Bench, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Embeddings of sentences, or log-probabilities (tokens, vocabulary) in float32."""
+    """Embeddings of sentences, states of tokens, or log-probabilities (tokens, vocabulary), in float32."""
+    if bench.options.match == "tokens":
+        states: Tensor = model(**batch).last_hidden_state
+        return states[batch["attention_mask"].bool()].float()
     if bench.encodes:
         return sts.pooled(model, batch["input_ids"], batch["attention_mask"]).float()
     logits: Tensor = model(**batch).logits
@@ -290,39 +307,42 @@ class Case:
     share: float = 1.0
     fitted: bool = False
     task: str | None = None
+    rate: str | None = None
 
     @property
     def name(self) -> str:
         what = "dense" if self.family is None else f"{self.family} {self.share:.0%}" + " fitted" * self.fitted
-        return " ".join(filter(None, [self.stage, self.task, what]))
+        return " ".join(filter(None, [self.stage, self.task, what, self.rate and f"at {self.rate}"]))
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     families, shares = options.structures.split(","), [float(share) for share in options.shares.split(",")]
     for stage in options.stages.split(","):
-        named = options.tasks.split(",") if stage == "tasks" else [None]
-        for task in named:
+        named, rates = [None], [None]
+        if stage == "tasks":
+            named, rates = options.tasks.split(","), options.task_lrs.split(",")
+        for task, rate in product(named, rates):
             if stage != "recover":
-                yield Case(stage, task=task)
+                yield Case(stage, task=task, rate=rate)
             for share in shares:
                 for family in families:
                     fits = {"no": (False,), "yes": (True,), "both": (False, True)}[options.fit]
                     for fitted in (False,) if stage == "speed" else fits:
-                        yield Case(stage, family, share, fitted, task)
+                        yield Case(stage, family, share, fitted, task, rate)
 
 
 def structured(
-    bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]]
+    bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], made: bool
 ) -> tuple[nn.Module, Conversion | None, dict[str, float | int | None]]:
-    """The model of a case, what was swapped, and what that cost and took."""
+    """The model of a case, what was swapped, and what that cost and took; not fitted where its weights do not count."""
     model = bench.dense()
     total = sum(p.numel() for p in model.parameters())
     if case.family is None:
         return model, None, {"model_params": total}
     rules = rules_for(model, RULES[bench.folder.name], case.family, case.share)
-    given = inputs() if case.fitted else None
+    given = inputs() if case.fitted and not made else None
     start = time.perf_counter()
-    done = sl.to_structured_(model, rules, weights="init" if case.stage == "speed" else "project", inputs=given)
+    done = sl.to_structured_(model, rules, weights="init" if made else "project", inputs=given)
     params, dense = sum(s.params for s in done), sum(s.dense_params for s in done)
     return model, done, {
         "project_seconds": time.perf_counter() - start,
@@ -331,15 +351,29 @@ def structured(
         "swapped_params": params,
         "swapped_dense_params": dense,
         "model_params": sum(p.numel() for p in model.parameters()),
-        "error": None if case.stage == "speed" else sum(s.error or 0.0 for s in done) / len(done),
+        "error": None if made else sum(s.error or 0.0 for s in done) / len(done),
     }  # fmt: skip
 
 
-def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windows: Callable[[], list[Tensor]]) -> Any:
+def recovered(
+    bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windows: Callable[[], Windows]
+) -> tuple[nn.Module, Conversion | None, dict[str, float | int | None]]:
+    """`structured` and then distilled from the dense model, once for all stages and tasks that begin with it."""
+    key = case.family, case.share, case.fitted
+    model, done, metrics = structured(bench, case, inputs, made=key in bench.distilled)
+    if key not in bench.distilled:
+        metrics |= distil(bench, bench.dense(), model, windows())
+        bench.distilled[key] = Distilled(metrics, {n: t.cpu() for n, t in model.state_dict().items()})
+    model.load_state_dict(bench.distilled[key].weights)
+    return model, done, dict(bench.distilled[key].metrics)
+
+
+def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windows: Callable[[], Windows]) -> Any:
     """The metrics of a case, and which structures were used."""
-    model, done, metrics = structured(bench, case, inputs)
     if case.family and (case.stage == "recover" or (case.stage == "tasks" and bench.options.distilled)):
-        metrics |= recovered(bench, case, model, windows)
+        model, done, metrics = recovered(bench, case, inputs, windows)
+    else:
+        model, done, metrics = structured(bench, case, inputs, made=case.stage == "speed")
     used = sorted({f"{s.spec}@{s.out_features}x{s.in_features}" for s in done or []})
     if case.stage == "tasks":
         with tempfile.TemporaryDirectory() as made:
@@ -348,7 +382,7 @@ def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windo
             model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
             bench.tokenizer.save_pretrained(folder)
             data = Path(bench.options.data) / "glue"
-            tuning = finetune.Tuning(lr=bench.options.task_lr)
+            tuning = finetune.Tuning(lr=float(case.rate or 0))
             found = finetune.finetune(folder, str(case.task), data, "", tuning, device=bench.options.device)
         return {**metrics, **found["metrics"], "score": found["metrics"][found["config"]["main_metric"]]}, used
     metrics["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -365,7 +399,7 @@ def main() -> None:
     found: list[Any] = list(records.read(out)) if out.exists() else []
     cache: dict[str, Any] = {}
 
-    def windows() -> list[Tensor]:
+    def windows() -> Windows:
         if "windows" not in cache:
             cache["windows"] = bench.text("train", options.train_tokens)
         return cache["windows"]  # type: ignore[no-any-return]
@@ -375,8 +409,7 @@ def main() -> None:
             model = bench.dense()
             names = [s.name for s in sl.to_structured_(model, {RULES[folder.name]: sl.LowRank(rank=1)}, dry_run=True)]
             parts = bench.text("train", options.fit_tokens)
-            batches = ({"input_ids": part[None].to(bench.device)} for part in parts)
-            cache["inputs"] = record_inputs(model, names, batches)
+            cache["inputs"] = record_inputs(model, names, bench.batches(parts, 1, passes=1))
         return cache["inputs"]  # type: ignore[no-any-return]
 
     for case in cases(options):
@@ -392,7 +425,7 @@ def main() -> None:
         record = {
             "kind": "eval", "name": case.name,
             **provenance(" ".join(["python", *sys.argv]), options.seed, bench.device),
-            "config": {**settings, "stage": case.stage, "fitted": case.fitted, "task": case.task},
+            "config": {**settings, "stage": case.stage, "fitted": case.fitted, "task": case.task, "rate": case.rate},
             "metrics": metrics, "status": "failed" if error else "ok", "error": error,
         }  # fmt: skip
         found.append(record)
@@ -423,7 +456,8 @@ def parsed() -> argparse.Namespace:
     add("--batch", type=int, default=32, help="recover: windows of a step")
     add("--lr", type=float, default=3e-4, help="recover: that of a dense layer")
     add("--distilled", action="store_true", help="tasks: distil before")
-    add("--task-lr", type=float, default=5e-5, help="tasks: that of a dense layer")
+    add("--match", default="sentences", choices=("sentences", "tokens"), help="what distillation of an encoder matches")
+    add("--task-lrs", default="5e-5", help="tasks: those of a dense layer, each tried")
     add("--speed-shape", type=int, nargs=2, default=[32, 128], help="sequences and tokens of the timed pass")
     add("--seed", type=int, default=0)
     return parser.parse_args()

@@ -38,10 +38,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     texts = ["a b", "b c d", "c", "d a"] * 4
-    for name in ("sick", "mrpc", "qqp", "sst2", "stsb"):
+    for name in ("sick", "mrpc", "qqp", "sst2", "stsb", "mnli", "qnli"):
         labels = ["neutral", "entailment"] if name == "sick" else [0, 1]
         rows = [
             {"sentence": text, "sentence1": text, "sentence2": text[::-1], "question1": text, "question2": text[:1],
+             "question": text, "premise": text, "hypothesis": text[::-1],
              "label": labels[i % 2], "split": ("train", "dev")[i % 4 // 2]}
             for i, text in enumerate(texts)
         ]  # fmt: skip
@@ -84,6 +85,21 @@ def test_the_nearest_member_of_a_family_is_found(bench: Any) -> None:
             assert sl.analysis.num_params(spec.plan(1536, 384)) / (1536 * 384) == pytest.approx(share, abs=0.01)
 
 
+def test_an_encoder_is_distilled_by_sentences_or_by_the_tokens_of_pairs(
+    bench: Any, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for match in ("sentences", "tokens") if folder.name == "minilm" else ():
+        monkeypatch.setattr(sys, "argv", ["x", "out", "--model", str(folder), "--data", str(data), "--match", match])
+        options = bench.parsed()
+        options.device = "cpu"
+        made = bench.Bench(folder, options, bench.load_tokenizer(folder), True)
+        batch = next(made.batches(made.text("train", 10**6), 8))
+        types = batch["token_type_ids"] * batch["attention_mask"]
+        assert (types.sum(1) > 0).all() if match == "tokens" else not types.any()
+        found = bench.outputs(made, made.dense(), batch)
+        assert found.shape == (8 if match == "sentences" else batch["attention_mask"].sum(), 32)
+
+
 @pytest.mark.slow
 def test_every_stage_runs_and_goes_on(
     bench: Any, data: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -94,6 +110,7 @@ def test_every_stage_runs_and_goes_on(
         "--structures", "low_rank", "--shares", "0.5", "--tasks", "mrpc,stsb", "--device", "cpu", "--pairs", "3",
         "--context", "16", "--fit", "both", "--fit-tokens", "20", "--train-tokens", "200", "--steps", "3",
         "--batch", "2", "--speed-shape", "2", "4", "--distilled",
+        "--task-lrs", "5e-5,1e-3",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     bench.main()
@@ -110,8 +127,10 @@ def test_every_stage_runs_and_goes_on(
     assert projected["weight_bytes"] < dense["weight_bytes"]
     assert recovered["distil_seconds"] > 0
     if folder.name == "minilm":
-        assert names[5:8] == ["tasks mrpc dense", "tasks mrpc low_rank 50%", "tasks mrpc low_rank 50% fitted"]
+        cases = ["dense", "low_rank 50%", "low_rank 50% fitted"]
+        assert names[5:11] == [f"tasks mrpc {case} at {rate}" for rate in ("5e-5", "1e-3") for case in cases]
         assert found[6]["metrics"]["distil_seconds"] == recovered["distil_seconds"], "distilled once"
+        assert found[9]["metrics"]["error"] == recovered["error"]
         assert found[5]["metrics"]["score"] == found[5]["metrics"]["f1"]
         assert names[-2:] == ["speed dense", "speed low_rank 50%"]
         assert {"step_ms", "compiled_step_ms", "forward_ms", "compiled_forward_ms"} < found[-1]["metrics"].keys()
