@@ -16,7 +16,18 @@ from pathlib import Path
 from statistics import mean
 
 from evidence import Finding, finished
-from language_plans import CONTENDERS, DYADS, MIXED_TOKENS, MIXED_WIDTHS, MIXTURES, MONARCHS, REVERSED, speed, spread
+from language_plans import (
+    CONTENDERS,
+    DYADS,
+    MIXED_TOKENS,
+    MIXED_WIDTHS,
+    MIXTURES,
+    MONARCHS,
+    REVERSED,
+    final_mixtures,
+    speed,
+    spread,
+)
 
 from structlin.report.records import Record
 from structlin.scaling import curves, laws
@@ -201,13 +212,11 @@ def mixed(width: int, budget: str, other: str) -> Callable[[], Finding]:
     seeds has to be below all of the other's."""
 
     def measure() -> Finding:
-        runs = named("language-mixtures")
-        losses = {
-            name: [_loss(r) for r in of_seeds(runs, f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}")]
-            for name in (other, "btt_moe8", "btt_moe16")
-        }
-        if not all(losses.values()):
+        found = named("language-mixtures").values()
+        runs = {name: final_mixtures(found, width, name, budget) for name in (other, "btt_moe8", "btt_moe16")}
+        if not all(runs.values()):
             return None
+        losses = {name: [_loss(r) for r in best[0]] for name, best in runs.items()}
         said = ", ".join(f"{name} {plus_minus(values)}" for name, values in losses.items())
         ours = min((losses[name] for name in ("btt_moe8", "btt_moe16")), key=mean)
         return f"loss {said}; GPT-2 of 6 blocks, dense {MIXED_TOKENS / 1e6:.0f}M tokens", max(ours) < min(losses[other])
@@ -366,10 +375,10 @@ def mixture_rows() -> list[str]:
             swept = sorted((r["config"]["lr"], _loss(r)) for n, r in found.items() if n.startswith(f"{title}-sweep-"))
             cells = [f"{speed(alone) / 1e3:.0f}", ", ".join(f"{lr:.2g}: {loss:.2f}" for lr, loss in swept)]
             for budget in ("flops", "flops" if name == "dense" else "time"):
-                runs = of_seeds(found, f"{title}-{budget}")
-                rate = f", rate {runs[0]['config']['lr']:.2g}" if runs else ""
-                tokens = f"{runs[0]['metrics']['tokens'] / 1e6:.0f}M" if runs else ""
-                cells.append(f"{tokens}: {plus_minus([_loss(r) for r in runs])}{rate}" if runs else NOTHING)
+                rates = final_mixtures(found.values(), width, name, budget)
+                said = [f"{plus_minus([_loss(r) for r in runs])}, rate {runs[0]['config']['lr']:.2g}" for runs in rates]
+                tokens = f"{rates[0][0]['metrics']['tokens'] / 1e6:.0f}M: " if rates else ""
+                cells.append(tokens + "; ".join(said) if rates else NOTHING)
             rows.append(f"| {width} | {name} | {' | '.join(cells)} |")
     return rows
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from language_plans import MIXED_WIDTHS, MIXTURES, STEP, speed
+from language_plans import MIXED_WIDTHS, MIXTURES, STEP, final_mixtures, speed
 
 from structlin.report import records
 
@@ -47,8 +47,7 @@ def mixtures(path: Path, out: Path) -> Path:
     for width, panels in zip(MIXED_WIDTHS, rows, strict=True):
         for index, name in enumerate(("dense", *MIXTURES)):
             rate = speed(runs[f"moe-w{width}-{name}-speed"])
-            for seed in (0, 1):
-                run = runs[f"moe-w{width}-{name}-flops-s{seed}"]
+            for seed, run in enumerate(final_mixtures(runs.values(), width, name, "flops")[0]):
                 tokens = [step * STEP for step in run["series"]["valid_step"]]
                 scales = 3 * run["metrics"]["flops_per_token"], 1 / rate
                 for axes, scale in zip(panels, scales, strict=True):

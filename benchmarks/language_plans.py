@@ -279,10 +279,11 @@ MIXED_WIDTHS, MIXED_TOKENS = (512, 1024), 20_000_000
 def mixtures(stage: int, records: Records) -> list[Run]:
     """Mixtures of experts beside dense: GPT-2 of six blocks, two widths.
 
-    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at up to five learning rates.
+    1. A sweep: dense, the standard mixture and BTT-MoE over 10M tokens at four or five learning rates.
     2. A short run of each, for its speed.
-    3. Each at its best rate, two seeds: dense over 20M tokens, the others for its training FLOPs and for its time, by
-       what the sweep counted and the short runs measured.
+    3. Two seeds: dense over 20M tokens, the others for its training FLOPs and for its time, by what the sweep counted
+       and the short runs measured. BTT-MoE at its best rate; dense and the standard mixture at their two best, as a
+       sweep of short runs may favour rates that are too low for longer ones.
     """
     names = {"dense": ("dense", "mlp"), **MIXTURES}
     plan = []
@@ -298,7 +299,7 @@ def mixtures(stage: int, records: Records) -> list[Run]:
             plan += [
                 run("gpt2_small", math.ceil(10e6 / STEP), spec, layers=layers, lr=lr, **sizes, speed=thought,
                     name=title(width, name, lr))
-                for name, (spec, layers) in names.items() for lr in rates
+                for name, (spec, layers) in names.items() for lr in rates[: 4 if name.startswith("btt") else 5]
             ]  # fmt: skip
             continue
         if stage == 2:
@@ -308,20 +309,34 @@ def mixtures(stage: int, records: Records) -> list[Run]:
                 for name, (spec, layers) in names.items()
             ]  # fmt: skip
             continue
-        swept = {name: {title(width, name, lr) for lr in rates} for name in names}
-        chosen = {name: best(r for r in records if r["name"] in swept[name]) for name in names}
+        swept = {name: sorted((r for r in records if r["name"] in {title(width, name, lr) for lr in rates}), key=loss)
+                 for name in names}  # fmt: skip
         speeds = {name: speed(found(records, f"moe-w{width}-{name}-speed")) for name in names}
-        flops = {name: record["metrics"]["flops_per_token"] or 1 for name, record in chosen.items()}
+        flops = {name: runs[0]["metrics"]["flops_per_token"] or 1 for name, runs in swept.items()}
         for name, (spec, layers) in names.items():
             budgets = {"flops": MIXED_TOKENS * flops["dense"] / flops[name]}
             if name != "dense":
                 budgets["time"] = MIXED_TOKENS * speeds[name] / speeds["dense"]
+            chosen = [r["config"]["lr"] for r in swept[name][: 1 if name.startswith("btt") else 2]]
             plan += [
-                run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=chosen[name]["config"]["lr"],
-                    seed=seed, **sizes, speed=speeds[name], priority=seed, name=f"moe-w{width}-{name}-{budget}-s{seed}")
-                for budget, most in budgets.items() for seed in (0, 1)
+                run("gpt2_small", math.ceil(most / STEP), spec, layers=layers, lr=lr, seed=seed, **sizes,
+                    speed=speeds[name], priority=seed, name=f"moe-w{width}-{name}-{budget}-lr{lr:g}-s{seed}")
+                for budget, most in budgets.items() for lr in chosen for seed in (0, 1)
             ]  # fmt: skip
     return plan
+
+
+def final_mixtures(records: Iterable[Record], width: int, name: str, budget: str) -> list[list[Record]]:
+    """The finished runs of stage 3 of `mixtures`, both seeds of each rate together, the best rate first.
+
+    Dense has one budget, its own.
+    """
+    title = f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}-lr"
+    rates: dict[float, list[Record]] = {}
+    for record in records:
+        if record["name"].startswith(title):
+            rates.setdefault(record["config"]["lr"], []).append(record)
+    return sorted(rates.values(), key=lambda runs: mean(map(loss, runs)))
 
 
 def smoke(stage: int, records: Records) -> list[Run]:
