@@ -100,6 +100,27 @@ def test_an_encoder_is_distilled_by_sentences_or_by_the_tokens_of_pairs(
         assert found.shape == (8 if match == "sentences" else batch["attention_mask"].sum(), 32)
 
 
+def test_claims_follow_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = script("claims_convert")
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    assert all(measure() is None for *_, measure in claims.ROWS)
+    common = records.read(FILE.parents[1] / "results" / "minilm-d2s-h200.json")[0]
+
+    def tuned(case: str, task: str, rate: str, score: float) -> Any:
+        config, metrics = {**common["config"], "task": task, "rate": rate}, {"score": score}
+        return {**common, "name": f"tasks {task} {case} at {rate}", "config": config, "metrics": metrics}
+
+    scores = {"dense": (0.8, 0.7), "monarch 50%": (0.6, 0.797), "monarch 75%": (0.795, 0.6)}
+    tasks = [tuned(case, task, rate, score) for case, pair in scores.items()
+             for rate, score in zip(("5e-5", "2e-4"), pair, strict=True) for task in ("rte", "stsb")]  # fmt: skip
+    records.write(tmp_path / "minilm-d2s-h200.json", tasks)
+    for model, ratio in (("minilm", 2.0), ("smollm2", 1.4)):
+        steps = [{**common, "name": f"speed {case}", "metrics": {"compiled_step_ms": ms}}
+                 for case, ms in (("dense", ratio), ("monarch 50%", 1.0))]  # fmt: skip
+        records.write(tmp_path / f"{model}-speed-h200.json", steps)
+    assert [measure()[1] for *_, measure in claims.ROWS] == [True, False, False]
+
+
 @pytest.mark.slow
 def test_every_stage_runs_and_goes_on(
     bench: Any, data: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
