@@ -10,8 +10,8 @@ from evidence import Finding, finished
 
 TITLE = "Pretrained models"
 INTRO = """MiniLM (6 layers of 384 features) with structured layers in place of its dense ones, distilled without
-labels, then tuned on rte, mrpc, stsb, sick and qnli, one seed; each model at the better of two learning rates. Speeds are
-those of compiled training steps. [convert.md](convert.md#what-is-lost) has all cases."""
+labels, then tuned on rte, mrpc, stsb, sick and qnli, one seed; each model at the better of two learning rates. Speeds
+are those of compiled training steps. [convert.md](convert.md#what-is-lost) has all cases."""
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
