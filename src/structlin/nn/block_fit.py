@@ -47,7 +47,7 @@ def fit_blocks(plan: Plan, term: Term, weight: Tensor, start: Factors, covarianc
     def goes_on(error: float, last: float) -> bool:
         return k > 1 and falls(error, last, whole, share=ON_INPUTS)
 
-    found = descend({"up": up, "down": down}, blocks.sweep, blocks.error, goes_on, sweeps)
+    found = descend({"up": up, "down": down}, blocks.sweep, goes_on, sweeps)
     return {
         term.names[0]: found["down"].reshape(plan.shape(from_down)).permute([from_down.index(a) for a in first]),
         term.names[1]: found["up"].reshape(plan.shape(from_up)).permute([from_up.index(a) for a in second]),
@@ -67,12 +67,8 @@ class _Blocks:
             for block in product(*map(range, inputs.shape[:2]))
         }
 
-    def error(self, factors: Factors) -> float:
-        """Squared error of the factors."""
-        return size(self._residual(factors), self.covariance)
-
-    def sweep(self, factors: Factors, number: int) -> Factors:
-        """Every block in turn, in the sweep of this number."""
+    def sweep(self, factors: Factors, number: int) -> tuple[Factors, float]:
+        """Every block in turn, in the sweep of this number, and the squared error after it."""
         up, down, residual = factors["up"].clone(), factors["down"].clone(), self._residual(factors)
         for block, root in self.roots.items():
             out, into = self.rows[block[1]], self.columns[block]
@@ -89,7 +85,7 @@ class _Blocks:
                 gap = free - up[block] @ down[block]
                 down[block] += torch.linalg.solve(ridged(up[block].mH @ up[block]), up[block].mH @ gap)
             residual[out[:, None], into] -= (up[block] @ down[block]).flatten(0, 1)
-        return {"up": up, "down": down}
+        return {"up": up, "down": down}, size(residual, self.covariance)
 
     def _residual(self, factors: Factors) -> Tensor:
         residual = self.weight.clone()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
+from opt_einsum import contract_expression
 from torch import Tensor
 
 from .. import analysis
@@ -22,6 +24,7 @@ LARGE = 128  # matrices above this size are split by eigenvectors where single p
 LARGEST = 4096  # unknowns of one system of normal equations
 PROGRESS = 1e-5  # a fit goes on while a sweep lowers the squared error by this share of it
 ON_INPUTS = 1e-4  # the same on inputs, of which there is a sample only
+NEAR = 1e-6  # a share of the squared weight; residuals below are too small to be told from sums over the weight
 STEPS = 20  # of conjugate gradients, where a system is larger than that
 
 
@@ -85,8 +88,10 @@ def size(weight: Tensor, covariance: Tensor | None) -> float:
 
 def ridged(gram: Tensor) -> Tensor:
     """Gram matrices that can be solved with, also where they are zero or singular."""
-    ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None] + torch.finfo(gram.real.dtype).tiny
-    return gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = 1e-13 * gram.diagonal(dim1=-2, dim2=-1).real.mean(-1, keepdim=True) + torch.finfo(gram.real.dtype).tiny
+    gram = gram.clone()
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    return gram
 
 
 def falls(error: float, last: float, whole: float, dtype: torch.dtype = torch.float64, share: float = PROGRESS) -> bool:
@@ -98,27 +103,26 @@ def falls(error: float, last: float, whole: float, dtype: torch.dtype = torch.fl
 
 def descend(
     factors: dict[str, Tensor],
-    sweep: Callable[[dict[str, Tensor], int], dict[str, Tensor]],
-    error: Callable[[dict[str, Tensor]], float],
+    sweep: Callable[[dict[str, Tensor], int], tuple[dict[str, Tensor], float]],
     goes_on: Callable[[float, float], bool],
     sweeps: int,
 ) -> dict[str, Tensor]:
     """Sweep after sweep, each with its number, as long as one of this error after one of the last error ``goes_on``.
 
-    Before a sweep goes a step ahead in the direction of the last one, longer and longer, where that pays (Bro 1998).
+    A sweep starts ahead of the last result, in the direction from the one before and by a share of that step which
+    grows towards all of it (Nesterov 1983). One that does not pay from there is followed by one from the best result.
     """
-    before, last = factors, float("inf")
+    ahead, last, paid = factors, float("inf"), 0
     for number in range(sweeps):
-        step = number ** (1 / 3)
-        further = {name: factor + step * (factor - before[name]) for name, factor in factors.items()}
-        before = factors
-        if number > 2 and error(further) < last:
-            factors = further
-        factors = sweep(factors, number)
-        now = error(factors)
-        if not goes_on(now, last):
+        found, error = sweep(ahead, number)
+        pays, before = goes_on(error, last), factors
+        if error < last:
+            factors, last = found, error
+        if not pays and paid == 0:
             break
-        last = now
+        share = paid / (paid + 3) if pays else 0.0
+        ahead = {name: factor + share * (factor - before[name]) for name, factor in factors.items()}
+        paid = paid + 1 if pays else 0
     return factors
 
 
@@ -140,19 +144,24 @@ def alternate(
     }
     system = _System(plan, term, weight.to(dtype), covariance)
     if len(term.names) == 1 and not system.is_large(term.names[0]):
-        return {term.names[0]: system.solve(term.names[0], factors)}
+        return {term.names[0]: system.solve(term.names[0], factors, False)[0]}
+    error = system.error(factors)
 
-    def sweep(factors: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+    def sweep(factors: dict[str, Tensor], _: int) -> tuple[dict[str, Tensor], float]:
+        nonlocal error
+        near, left = error < NEAR * system.whole, weight
         for name in term.names:
-            factors = factors | {name: system.solve(name, factors)}
-        return factors
+            found, left = system.solve(name, factors, near)
+            factors = factors | {name: found}
+        error = float(left)
+        return factors, error
 
     share = PROGRESS if covariance is None else ON_INPUTS
 
     def goes_on(error: float, last: float) -> bool:
         return falls(error, last, system.whole, weight.dtype, share)
 
-    return descend(factors, sweep, system.error, goes_on, sweeps)
+    return descend(factors, sweep, goes_on, sweeps)
 
 
 class _System:
@@ -161,6 +170,7 @@ class _System:
     def __init__(self, plan: Plan, term: Term, weight: Tensor, covariance: Tensor | None) -> None:
         self.plan, self.term, self.weight, self.covariance = plan, term, weight, covariance
         self.whole = size(weight, covariance)
+        self.aim = weight if covariance is None else weight @ covariance
         used = {a for w in term.weights for a in w}
         self.repeats = plan.size(a for a in term.x if a not in used) if covariance is None else 1
         self.axes = dict(zip(term.names, term.weights, strict=True))
@@ -174,8 +184,11 @@ class _System:
         """Whether `solve` comes nearer to the best factor ``name``, and not to it."""
         return self.plan.size(a for a in self.axes[name] if a in self.moving) > LARGEST
 
-    def solve(self, name: str, factors: dict[str, Tensor]) -> Tensor:
-        """The best factor ``name`` for the others as they are."""
+    def solve(self, name: str, factors: dict[str, Tensor], near: bool) -> tuple[Tensor, Tensor]:
+        """The best factor ``name`` for the others as they are, and the squared error with it.
+
+        Of factors that are ``near`` a correction is found, so that rounding is that of the residual.
+        """
         axes, others = self.axes[name], [other for other in self.term.names if other != name]
         unknown = tuple(a for a in axes if a in self.moving)
         seen = {a for other in others for a in self.axes[other]}
@@ -183,32 +196,43 @@ class _System:
             seen |= {*self.term.x}
         batch = tuple(a for a in axes if a not in self.moving and a in seen)
         apart = tuple(a for a in axes if a not in self.moving and a not in seen)
-        # a correction to the factor is found, not the factor: rounding is then that of the residual
-        residual = self.weight - matrix(self.plan, self.term, factors)
-        if self.is_large(name):
-            return factors[name] + self._descend(name, others, factors, self._onto(residual, others, axes, factors))
-        n = self.plan.size(unknown)
-        right = self._onto(residual, others, batch + unknown + apart, factors)
-        gram = ridged(self._gram(others, batch, unknown, factors).reshape(-1, n, n) * self.repeats)
-        found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1))
-        return factors[name] + self._einsum([(found.reshape(right.shape), batch + unknown + apart)], axes)
+        order, large = batch + unknown + apart, self.is_large(name)
+        whole, aim = self._residual(factors) if near or large else (self.whole, self.aim)
+        right = self._onto(aim, others, order, factors)
+        if large:
+            found = self._descend(order, others, factors, right)
+        else:
+            n = self.plan.size(unknown)
+            gram = ridged(self._gram(others, batch, unknown, factors).reshape(-1, n, n))
+            found = torch.linalg.solve(gram, right.reshape(len(gram), n, -1) / self.repeats).reshape(right.shape)
+        left = whole - (right.conj() * found).real.sum()  # what a solution of normal equations leaves
+        found = self._einsum([(found, order)], axes)
+        return (factors[name] + found if near or large else found), left
 
-    def _onto(self, residual: Tensor, others: list[str], want: Axes, factors: dict[str, Tensor]) -> Tensor:
+    def error(self, factors: dict[str, Tensor]) -> float:
+        """Squared error of the factors."""
+        return self._residual(factors)[0]
+
+    def _residual(self, factors: dict[str, Tensor]) -> tuple[float, Tensor]:
+        """Its squared size, and the residual on the inputs."""
+        residual = self.weight - matrix(self.plan, self.term, factors)
+        return size(residual, self.covariance), residual if self.covariance is None else residual @ self.covariance
+
+    def _onto(self, aim: Tensor, others: list[str], want: Axes, factors: dict[str, Tensor]) -> Tensor:
         """The right side of the normal equations: half of how fast the squared error falls along a factor."""
-        residual = residual if self.covariance is None else residual @ self.covariance
-        operands = [(read(self.plan, self.term, residual), self.term.y + self.term.x)]
+        operands = [(read(self.plan, self.term, aim), self.term.y + self.term.x)]
         return self._einsum([*operands, *((factors[o].conj(), self.axes[o]) for o in others)], want)
 
-    def _descend(self, name: str, others: list[str], factors: dict[str, Tensor], right: Tensor) -> Tensor:
+    def _descend(self, axes: Axes, others: list[str], factors: dict[str, Tensor], right: Tensor) -> Tensor:
         """A correction to one factor by some steps of conjugate gradients, which never makes the error larger."""
+        operands = self._normal(others, factors)
         found, rest, direction = torch.zeros_like(right), right, right
         length = float(rest.abs().square().sum())
         first = length
         for _ in range(STEPS):
             if length <= 1e-24 * first:
                 break
-            through = matrix(self.plan, self.term, factors | {name: direction})
-            applied = self._onto(through, others, self.axes[name], factors)
+            applied = self._einsum([*operands, (direction, self._primed(axes))], axes) * self.repeats
             step = length / float((direction.conj() * applied).real.sum())
             found, rest = found + step * direction, rest - step * applied
             before, length = length, float(rest.abs().square().sum())
@@ -216,6 +240,11 @@ class _System:
         return found
 
     def _gram(self, others: list[str], batch: Axes, unknown: Axes, factors: dict[str, Tensor]) -> Tensor:
+        operands = self._normal(others, factors)
+        return self._einsum(operands, batch + unknown + self._primed(unknown)) if operands else self.weight.new_ones(1)
+
+    def _normal(self, others: list[str], factors: dict[str, Tensor]) -> list[tuple[Tensor, Axes]]:
+        """What the matrix of the normal equations is the product of."""
         operands = [(factors[o].conj(), self.axes[o]) for o in others]
         operands += [(factors[o], self._primed(self.axes[o])) for o in others]
         if self.covariance is not None:
@@ -224,18 +253,20 @@ class _System:
             if self.term.table is not None:
                 covariance = gather(gather(covariance, self.term.table).mT, self.term.table).mT
             operands.append((covariance.reshape(shape + shape), self._primed(self.term.x) + self.term.x))
-        if not operands:
-            return self.weight.new_ones(1)
-        return self._einsum(operands, batch + unknown + self._primed(unknown))
+        return operands
 
     def _primed(self, axes: Axes) -> Axes:
         return tuple(f"{a}'" if a in self.moving else a for a in axes)
 
     def _einsum(self, operands: list[tuple[Tensor, Axes]], want: Axes) -> Tensor:
         spell = ",".join("".join(self.letters[a] for a in axes) for _, axes in operands)
-        result: Tensor = torch.einsum(f"{spell}->{''.join(self.letters[a] for a in want)}", *(t for t, _ in operands))
+        spell = f"{spell}->{''.join(self.letters[a] for a in want)}"
+        result: Tensor = _expression(spell, *(tensor.shape for tensor, _ in operands))(*(t for t, _ in operands))
         return result
 
-    def error(self, factors: dict[str, Tensor]) -> float:
-        """Squared error of the factors."""
-        return size(self.weight - matrix(self.plan, self.term, factors), self.covariance)
+
+@lru_cache(1024)
+def _expression(spell: str, *shapes: torch.Size) -> Callable[..., Tensor]:
+    # torch.einsum looks for the cheapest order of more than two operands again at every call
+    expression: Callable[..., Tensor] = contract_expression(spell, *shapes)
+    return expression

@@ -23,7 +23,8 @@ from .boxcar_projection import refuse
 from .least_squares import matrix
 from .trains import is_train, project_train
 
-SWEEPS = 300  # of an alternating fit, at most; it stops before when the error no longer falls
+SWEEPS = 80  # of an alternating fit, at most; it stops before when the error no longer falls
+ROUNDS = 300  # of fits of what others leave (terms of a sum, padding), at most
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def _with_free_padding(
     plan = replace(plan, kept=None)
     target = F.pad(weight, (0, plan.in_features - columns, 0, plan.out_features - rows))
     whole, last, best = least_squares.size(target, covariance), float("inf"), factors
-    for _ in range(SWEEPS):
+    for _ in range(ROUNDS):
         factors = _nearest(plan, target, factors, covariance)
         found = torch.stack([matrix(plan, term, factors) for term in plan.terms]).sum(0)
         residual = torch.zeros_like(found)
@@ -157,7 +158,7 @@ def _fit_sum(plan: Plan, weight: Tensor, start: dict[str, Tensor], covariance: T
     parts = [matrix(plan, term, start).to(weight.dtype) if start else torch.zeros_like(weight) for term in plan.terms]
     residual, whole = weight - torch.stack(parts).sum(0), least_squares.size(weight, covariance)
     last = least_squares.size(residual, covariance) if start else float("inf")
-    for _ in range(SWEEPS):
+    for _ in range(ROUNDS):
         for i, term in enumerate(plan.terms):
             target = residual + parts[i]
             factors |= _fit_term(plan, term, target, factors, covariance, sweeps)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..plan import Axes, Plan, Term
-from .least_squares import alternate, matrix, read
+from .least_squares import alternate, matrix, read, truncated
 from .trains import is_train, rearrange, split
 
 DRAWS = 4  # random sums of the blocks that are tried; one of them may have eigenvalues that nearly meet
 SWEEPS = 100  # of least squares that take rounding out of what eigenvectors give
+TURN = 0.3  # how far the bases of a low-rank start are turned
 NEAR = 0.5  # a relative error up to which eigenvectors tell more than a random start
 
 
@@ -88,13 +89,15 @@ def recover(plan: Plan, weight: Tensor) -> dict[str, Tensor]:
 
 
 def start(plan: Plan, term: Term, weight: Tensor) -> dict[str, Tensor]:
-    """Factors from which an alternating fit of ``term`` should start, in double precision; none where these are bad."""
+    """Factors from which an alternating fit of ``term`` should start, in double precision; none for other terms."""
     grid = read_grid(plan, term)
-    if grid is None or plan.size(grid.hidden) > _most(plan, grid):
+    if grid is None:
         return {}
     wide = weight.to(torch.promote_types(weight.dtype, torch.float64))
-    factors = _from_eigenvectors(plan, term, grid, wide)
-    return {} if factors is None or not _distance(plan, term, factors, wide) < NEAR else factors
+    factors = None if plan.size(grid.hidden) > _most(plan, grid) else _from_eigenvectors(plan, term, grid, wide)
+    if factors is None or not _distance(plan, term, factors, wide) < NEAR:
+        return _from_low_rank(plan, term, grid, wide)
+    return factors
 
 
 def read_grid(plan: Plan, term: Term) -> Grid | None:
@@ -134,15 +137,37 @@ def _distance(plan: Plan, term: Term, factors: dict[str, Tensor], weight: Tensor
 
 def _from_eigenvectors(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> dict[str, Tensor] | None:
     """The factors of a member, up to the rounding that eigenvectors magnify; None where blocks are singular."""
-    order = grid.rows + grid.within_rows + grid.columns + grid.within_columns
+    found = factorise(_blocks(plan, term, grid, weight), plan.size(grid.hidden))
+    return None if found is None else _as_factors(plan, term, grid, *found)
+
+
+def _from_low_rank(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> dict[str, Tensor]:
+    """The bases of the nearest matrix of low rank, which is a member of equal diagonals, and diagonals that differ."""
+    blocks, rank = _blocks(plan, term, grid, weight), plan.size(grid.hidden)
+    i, p, j, q = blocks.shape
+    generator = torch.Generator().manual_seed(1)
+    # turned a little, as singular vectors may be zero in a block, and no fit of the other factors changes that
+    noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.eye(rank, dtype=noise.dtype) + TURN * rank**-0.5 * noise)[0].to(weight)
+    left, right = truncated(blocks.reshape(1, i * p, j * q), rank)
+    left, right = left @ turn, turn.mT @ right
+    # equal ones would be a saddle point
+    middle = 1 + torch.randn(i, j, rank, generator=generator, dtype=torch.float64)
+    right = right.reshape(rank, j, q).transpose(0, 1)
+    return _as_factors(plan, term, grid, left.reshape(i, p, rank), middle.to(weight), right)
+
+
+def _blocks(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> Tensor:
     groups = (grid.rows, grid.within_rows, grid.columns, grid.within_columns)
     x, y = (tuple(a for a in axes if plan.sizes[a] > 1) for axes in (term.x, term.y))
-    tensor = rearrange(plan, read(plan, term, weight).reshape(plan.shape(y + x)), y + x, order)
-    found = factorise(tensor.reshape([plan.size(axes) for axes in groups]), plan.size(grid.hidden))
-    if found is None:
-        return None
+    tensor = read(plan, term, weight).reshape(plan.shape(y + x))
+    order = tuple(a for group in groups for a in group)
+    return rearrange(plan, tensor, y + x, order).reshape([plan.size(axes) for axes in groups])
+
+
+def _as_factors(plan: Plan, term: Term, grid: Grid, left: Tensor, middle: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The factors of a term from left (i, p, rank), middle (i, j, rank) and right (j, rank, q) of its grid."""
     (chain,) = grid.middle.terms
-    left, middle, right = found
     have = grid.hidden + grid.rows + grid.columns
     factors = split(grid.middle, chain, middle.permute(2, 0, 1).reshape(plan.shape(have)), have)
     for name, basis, have, axes in (
