@@ -209,7 +209,7 @@ def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
     body: Any = getattr(model, "base_model", model)
     compiled = torch.compile(body, mode="reduce-overhead" if cuda else None)
     ids = torch.randint(min(1000, len(bench.tokenizer)), (rows, columns), device=bench.device)
-    optimizer = torch.optim.AdamW(sl.param_groups(body, 1e-5))
+    optimizer = torch.optim.AdamW(sl.param_groups(body, 1e-5), fused=cuda)
 
     def step(run: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -254,7 +254,7 @@ def distil(bench: Bench, teacher: nn.Module, student: nn.Module, windows: Window
     student.requires_grad_(False)
     for layer in layers:
         layer.requires_grad_(True)
-    optimizer = torch.optim.AdamW(sl.param_groups(student, options.lr))
+    optimizer = torch.optim.AdamW(sl.param_groups(student, options.lr), fused=bench.device.type == "cuda")
     steps = options.steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
     losses, start = [], time.perf_counter()

@@ -215,7 +215,7 @@ def _train(
             batch[name] = torch.tensor(rows)
         return {**batch, "labels": torch.tensor([example["label"] for example in examples])}
 
-    optimizer = torch.optim.AdamW(param_groups(model, tuning.lr, tuning.weight_decay))
+    optimizer = torch.optim.AdamW(param_groups(model, tuning.lr, tuning.weight_decay), fused=device == "cuda")
     # Trainer prints its logs; standard output is for results
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         arguments = transformers.TrainingArguments(
