@@ -382,7 +382,7 @@ def run(bench: Bench, case: Case, inputs: Callable[[], dict[str, Tensor]], windo
             model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
             bench.tokenizer.save_pretrained(folder)
             data = Path(bench.options.data) / "glue"
-            tuning = finetune.Tuning(lr=float(case.rate or 0))
+            tuning = finetune.Tuning(lr=float(case.rate or 0), warmup_steps=bench.options.warmup)
             found = finetune.finetune(folder, str(case.task), data, "", tuning, device=bench.options.device)
         return {**metrics, **found["metrics"], "score": found["metrics"][found["config"]["main_metric"]]}, used
     metrics["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -457,6 +457,7 @@ def parsed() -> argparse.Namespace:
     add("--lr", type=float, default=3e-4, help="recover: that of a dense layer")
     add("--distilled", action="store_true", help="tasks: distil before")
     add("--match", default="sentences", choices=("sentences", "tokens"), help="what distillation of an encoder matches")
+    add("--warmup", type=float, default=0.0, help="tasks: share of the steps over which the rate rises")
     add("--task-lrs", default="5e-5", help="tasks: those of a dense layer, each tried")
     add("--speed-shape", type=int, nargs=2, default=[32, 128], help="sequences and tokens of the timed pass")
     add("--seed", type=int, default=0)

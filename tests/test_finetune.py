@@ -61,7 +61,7 @@ def test_a_task_is_learned_at_our_rates(folder: Path, tmp_path: Path, monkeypatc
     ]
     write(tmp_path / "sst2.jsonl", rows)
     before = (folder / "model.safetensors").read_bytes()
-    tuning = Tuning(lr=3e-3, steps=30, batch=8)
+    tuning = Tuning(lr=3e-3, steps=30, batch=8, warmup_steps=0.1)
     record = finetune(folder, "sst2", tmp_path, "a test", tuning, bos="<end>")
     validate(record)
     assert asked == [(3e-3, 0.01)]

@@ -36,14 +36,17 @@ from .tokens import Encoder, encoder
 
 @dataclass(frozen=True)
 class Tuning:
-    """Options of a run; ``lr`` is that of a dense layer, ``steps`` overrides ``epochs``."""
+    """Options of a run; ``lr`` is that of a dense layer, ``steps`` overrides ``epochs``.
+
+    The rate rises over ``warmup_steps``, below 1 a share of all steps.
+    """
 
     lr: float = 5e-5
     weight_decay: float = 0.01
     epochs: float = 3.0
     steps: int | None = None
     batch: int = 32
-    warmup_steps: int = 0
+    warmup_steps: float = 0
     seed: int = 0
 
     def __post_init__(self) -> None:

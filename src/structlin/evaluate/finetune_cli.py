@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=float, default=3.0, metavar="X", help="default: 3")
     add("--steps", type=whole, metavar="N", help="so many steps instead of epochs")
     add("--batch", type=whole, default=32, metavar="N", help="examples of a step; default: 32")
-    add("--warmup-steps", type=whole, default=0, metavar="N", help="default: 0")
+    add(
+        "--warmup-steps", type=float, default=0.0, metavar="X", help="over which the rate rises, or a share; default: 0"
+    )
     add("--seed", type=whole, default=0, metavar="N", help="of the head and the order of examples; default: 0")
     add("--device", metavar="cpu|cuda", help="default: cuda if there is a GPU, else cpu")
     add("--save", metavar="DIR", help="write the trained model here, a new folder of transformers")
