@@ -20,6 +20,7 @@ from .trains import is_train, rearrange, split
 DRAWS = 4  # random sums of the blocks that are tried; one of them may have eigenvalues that nearly meet
 SWEEPS = 100  # of least squares that take rounding out of what eigenvectors give
 TURN = 0.3  # how far the bases of a low-rank start are turned
+EXACT = 1e-6  # a relative error below which a matrix of low rank is what is looked for
 NEAR = 0.5  # a relative error up to which eigenvectors tell more than a random start
 
 
@@ -151,10 +152,13 @@ def _from_low_rank(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> dict[s
     turn = torch.linalg.qr(torch.eye(rank, dtype=noise.dtype) + TURN * rank**-0.5 * noise)[0].to(weight)
     left, right = truncated(blocks.reshape(1, i * p, j * q), rank)
     left, right = left @ turn, turn.mT @ right
-    # equal ones would be a saddle point
+    left, right = left.reshape(i, p, rank), right.reshape(rank, j, q).transpose(0, 1)
+    equal = _as_factors(plan, term, grid, left, left.new_ones(i, j, rank), right)
+    if _distance(plan, term, equal, weight) < EXACT:
+        return equal
+    # elsewhere equal ones are a saddle point
     middle = 1 + torch.randn(i, j, rank, generator=generator, dtype=torch.float64)
-    right = right.reshape(rank, j, q).transpose(0, 1)
-    return _as_factors(plan, term, grid, left.reshape(i, p, rank), middle.to(weight), right)
+    return _as_factors(plan, term, grid, left, middle.to(weight), right)
 
 
 def _blocks(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> Tensor:
