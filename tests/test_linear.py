@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import analysis
-from structlin.ops import backends_on
+from structlin.ops import backends_on, dense
 from structlin.ops.lowering import REVISION, program
-from structlin.testing import assert_close, compiles_whole, inputs, make, plain
+from structlin.testing import assert_as_accurate, assert_close, compiles_whole, error, inputs, make, plain
 
 # one factor; two with a relayout between; a free axis; a sum with one; a chain of three
 SPECS = [sl.BlockDiagonal(4), sl.Monarch(2), sl.Kronecker(), sl.Dyad(4, "dt"), sl.LowRank(4), sl.BTT(2)]
@@ -260,6 +260,25 @@ def test_the_result_may_be_changed_in_place(spec, bias):
     wanted = torch.autograd.grad(layer(x).relu().sum(), (x, *layer.parameters()))
     given = torch.autograd.grad(layer(x).relu_().sum(), (x, *layer.parameters()))
     assert all(torch.equal(*pair) for pair in zip(given, wanted, strict=True))
+
+
+def test_the_dense_weight_is_multiplied_out_in_the_dtype_of_autocast(monkeypatch):
+    layer, seen, multiply = make(sl.BTT(2), SHAPE, "cpu", torch.float32), [], dense.weight
+    layer.backend = "dense"
+    monkeypatch.setattr(dense, "weight", lambda plan, factors: seen.append(factors[0].dtype) or multiply(plan, factors))
+    x = inputs(layer, 64)
+    exact = plain(copy.deepcopy(layer).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert_as_accurate(y, plain(layer, x).bfloat16(), exact)
+        y.sum().backward()
+        assert seen == [torch.bfloat16]
+        with torch.no_grad():  # once for all calls, so as precise as can be
+            kept = layer.eval()(x)
+            assert torch.equal(layer(x), kept)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert error(kept, exact) <= error(y, exact)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
 @every_backend

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .. import analysis
 from ..ops import BACKENDS, backends_on, choice, compose, dense, joined, multiply
 from ..ops.chain import check_dtype
-from ..ops.contract import autocast_dtype
+from ..ops.contract import autocast, autocast_dtype
 from ..ops.lowering import Program, literal, lower
 from ..padding import described
 from ..plan import Plan
@@ -237,8 +237,12 @@ class StructuredLinear(nn.Module):
         kind = factors[0].device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return dense.weight(self.plan, factors)
-        with torch.autocast(kind, enabled=False):  # the weight is that of the factors as they are stored
+        with torch.autocast(kind, enabled=False):  # in the dtype of the factors as they are given
             return dense.weight(self.plan, factors)
+
+    def _narrow(self) -> Tensor:
+        """The weight multiplied out of factors in the dtype that autocast gives those of a chain."""
+        return self._materialize([autocast(factor) for factor in self._factors()])
 
     def _dense_weight(self) -> Tensor:
         """The whole weight, (out_features, in_features): kept in inference until a factor changes, else computed.
@@ -248,15 +252,15 @@ class StructuredLinear(nn.Module):
         """
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
-            return self._materialize(self._factors())
+            return self._narrow()
         captured = choice.capturing(stored[0].device)
         if self._backend == "auto" and (self.training or captured):
-            return self._materialize(self._factors())
-        key = [(f.data_ptr(), f._version, f.dtype, f.device) for f in stored]
+            return self._narrow()
+        key = [(f.data_ptr(), f._version, f.dtype, f.device, autocast_dtype(f)) for f in stored]
         if self._weight is None or self._weight[0] != key:
             if captured:
-                return self._materialize(self._factors())  # it is not there before the graph is replayed
-            self._weight = key, self._materialize(self._factors())
+                return self._narrow()  # it is not there before the graph is replayed
+            self._weight = key, autocast(self._materialize(self._factors()))
         return self._weight[1]
 
     @torch.no_grad()
