@@ -63,10 +63,15 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """What it is expected to take."""
+        """What it is expected to take alone."""
+        return self.among(1)
+
+    def among(self, share: int) -> float:
+        """What it is expected to take as one of ``share`` on a GPU, which share its time in training steps alone."""
         start = START[self.part.partition(":")[0]] if self.start is None else self.start
         start *= max(1.0, recipes.find(self.run.recipe).depth / 18)
-        return start + (1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0)
+        steps = 1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0
+        return start + share * steps
 
     @property
     def result(self) -> str:
@@ -123,12 +128,14 @@ class Place:
         return [*python, "finetune", *common, "--task", task, "--data", f"{self.data}/glue", *length]
 
     def start(self, job: Job, gpu: int, gpus: int) -> subprocess.Popen[bytes]:
-        """Start ``job`` on one GPU, its output going to a file beside its result."""
+        """Start ``job`` on one GPU of those that CUDA_VISIBLE_DEVICES allows; its output goes to a file beside its
+        result."""
         here = self.folder / job.run.name
         here.mkdir(parents=True, exist_ok=True)
         caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
         threads = str(max(1, (os.cpu_count() or 1) // (gpus * self.share)))
-        env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": threads,
+        device = visible()[gpu] if visible() else str(gpu)
+        env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": threads,
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"), "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
         with open(here / f"{job.part.replace(':', '-')}.log", "wb") as log:
@@ -185,6 +192,11 @@ class Place:
             shutil.rmtree(here / "model", ignore_errors=True)
 
 
+def visible() -> list[str]:
+    """The GPUs of CUDA_VISIBLE_DEVICES, none where it is not set."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+
+
 def thinned(values: Sequence[float], points: int = POINTS) -> list[float]:
     """At most ``points`` of the values, evenly spread, with the first and the last."""
     if len(values) <= points:
@@ -199,7 +211,7 @@ def _is_kept(name: str) -> bool:
 def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Callable[[Job, float], None]) -> list[Job]:
     """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
-    A device has ``place.share`` jobs at once, which are expected to take that many times as long.
+    A device has ``place.share`` jobs at once, which `Job.among` expects to take longer.
     ``report(job, seconds)`` is called after each that ended by itself, whatever came out.
     """
     waiting = list(jobs)
@@ -210,7 +222,7 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Cal
                 busy = {job.run.name for job, _, _ in active.values() if job.part == "train"}
                 for job in waiting:
                     ready = job.part == "train" or (place.folder / job.run.name / "model").exists()
-                    if ready and job.run.name not in busy and time.monotonic() + place.share * job.seconds <= limit:
+                    if ready and job.run.name not in busy and time.monotonic() + job.among(place.share) <= limit:
                         waiting.remove(job)
                         gpu = slot % gpus
                         active[slot] = job, place.start(job, gpu, gpus), time.monotonic()
@@ -267,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(show(jobs, options.gpus))
             return 0
+        if 0 < len(visible()) < options.gpus:
+            raise ValueError(f"--gpus: {options.gpus} is given; allowed: up to {len(visible())}, as "
+                             f"CUDA_VISIBLE_DEVICES is {','.join(visible())}")  # fmt: skip
         if not data:
             raise ValueError("--data is not given; allowed: a folder, here or in STRUCTLIN_DATA")
         if not plan_of:
