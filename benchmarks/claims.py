@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "claims.md"
 HEAD = "| claim | published | source | measured here | verdict |\n|---|---|---|---|---|"
 NOTHING = "not run yet"
+BLIMP_ERROR = "blimp/accuracy_stderr"
+DYAD_MODELS = ("opt125m", "pythia160m", "opt350m")
 GLUE = {"sst2": "accuracy", "mrpc": "f1", "cola": "matthews"}
 
 Named = Mapping[str, Record]
@@ -65,26 +67,47 @@ def plus_minus(values: list[float], form: str = ".3f") -> str:
     return f"{middle:{form}} ± {half:{form}} ({seeds})" if len(values) > 1 else f"{middle:{form}} ({seeds})"
 
 
-def steps_of(found: Named, model: str, least: float) -> Finding:
-    """Step speed of DYAD's variants over dense, after 10M tokens; the variant of the paper counts."""
-    runs = {name: next((r for n, r in found.items() if n.startswith(f"{model}-{name}-10M")), None)
-            for name in ("dense", *DYADS)}  # fmt: skip
-    dense, main = runs["dense"], runs["dyad4-it"]
-    if dense is None or main is None:
-        return None
-    ratios = {name: speed(run) / speed(dense) for name, run in runs.items() if run is not None and name != "dense"}
-    said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-    return f"{said} times as fast, whole step, bf16", ratios["dyad4-it"] >= least
+def dyad_speed(model: str) -> Callable[[], Finding]:
+    """Speed of whole training steps with DYAD in the MLPs, from benchmarks/step_time.py; the fastest of the variants
+    with 4 blocks counts, and 1.07 is what the paper says at least."""
+
+    def measure() -> Finding:
+        ratios = {
+            name: run["metrics"]["speedup_over_dense"] or 0.0
+            for name, run in dyad_steps(model).items() if name != "dense"
+        }  # fmt: skip
+        if not ratios:
+            return None
+        said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        best = max(ratio for name, ratio in ratios.items() if name.startswith("dyad4"))
+        return f"{said} times as fast, whole step, bf16", best >= 1.07
+
+    return measure
 
 
-def bare_steps() -> Finding:
-    """Step speed of OPT-125m without data, from benchmarks/step_time.py."""
-    found = named("step-time-h200")
-    if "dyad:nblocks=4" not in found:
-        return None
-    ratios = {n: found[f"dyad:nblocks={n}"]["metrics"]["speedup_over_dense"] for n in (4, 8)}
-    said = ", ".join(f"n={n} {ratio:.2f}" for n, ratio in ratios.items())
-    return f"{said} times as fast, whole step, bf16, random tokens", (ratios[4] or 0) >= 1.07
+def dyad_steps(model: str) -> Named:
+    """The records of benchmarks/step_time.py by the names of the plan "dyad"."""
+    found = named(f"step-time-{model}-h200")
+    return {name: found[spec] for name, spec in {"dense": "dense", **DYADS}.items() if spec in found}
+
+
+def dyad_rows() -> list[str]:
+    """Every variant in every model: speed and memory of whole steps, and the loss after 10M tokens."""
+    trained, rows = named("language-dyad"), []
+    for model in DYAD_MODELS:
+        steps = dyad_steps(model)
+        for name in ("dense", *DYADS):
+            runs = [r for n, r in trained.items() if n.startswith(f"{model}-{name}-10M-")]
+            cells = [NOTHING] * 3
+            if name in steps:
+                own = steps[name]["metrics"]
+                rate, ratio = own["loop_tokens_per_second"] or 0.0, own["speedup_over_dense"] or 0.0
+                cells = [f"{rate / 1e3:.0f} ({ratio:.2f})", f"{(own['peak_memory_bytes'] or 0) / 1e9:.1f}", NOTHING]
+            if runs:
+                best = min(runs, key=_loss)
+                cells[2] = f"{_loss(best):.3f}, rate {best['config']['lr']:.2g}"
+            rows.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return rows
 
 
 def layer(problem: str, least: float) -> Callable[[], Finding]:
@@ -100,8 +123,11 @@ def layer(problem: str, least: float) -> Callable[[], Finding]:
     return measure
 
 
-def quality(metric: Callable[[Record], float], form: str, least: float) -> Callable[[], Finding]:
-    """A score of DYAD beside dense after 85M tokens; DYAD must have ``least`` of dense's."""
+def quality(
+    metric: Callable[[Record], float], form: str, least: float, error: str | None = None
+) -> Callable[[], Finding]:
+    """A score of DYAD beside dense after 85M tokens; DYAD must have ``least`` of dense's. ``error`` is the metric that
+    holds the standard error of one run."""
 
     def measure() -> Finding:
         found = named("language-dyad")
@@ -113,6 +139,9 @@ def quality(metric: Callable[[Record], float], form: str, least: float) -> Calla
         if not {"dense", "dyad4-it"} <= scores.keys():
             return None
         said = ", ".join(f"{name} {plus_minus(values, form)}" for name, values in scores.items())
+        if error:
+            largest = max(r["metrics"][error] or 0.0 for r in found.values() if error in r["metrics"])
+            said += f"; standard error of a run {largest:{form}}"
         return said, mean(scores["dyad4-it"]) >= least * mean(scores["dense"])
 
     return measure
@@ -232,11 +261,6 @@ def never() -> Finding:
 DYAD_PAGE, GPT2_PAGE, OWT_PAGE = "repository, ff_speedup_results", "table on WikiText-103", "table on OpenWebText"
 
 
-def dyad_steps(model: str, least: float) -> Callable[[], Finding]:
-    """`steps_of` in the records of the plan "dyad"."""
-    return lambda: steps_of(named("language-dyad"), model, least)
-
-
 def above_chance(run: Record) -> float:
     """BLiMP's accuracy beyond that of guessing."""
     return blimp(run) - 0.5
@@ -282,13 +306,12 @@ TAXONOMY: list[tuple[str, tuple[list[str], list[str], float | None]]] = [
 
 ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
     "dyad": [
-        ("OPT-125m trains faster on a GPU, n=4", "7 to 15%", "abstract", dyad_steps("opt125m", 1.07)),
-        ("the same, steps on random tokens", "7 to 15%", "abstract", bare_steps),
-        ("OPT-350m trains faster", "over 7%, more with width", "abstract", dyad_steps("opt350m", 1.07)),
-        ("Pythia-160m trains faster", "7 to 15%", "abstract", dyad_steps("pythia160m", 1.07)),
+        ("OPT-125m trains faster on a GPU, n=4", "7 to 15%", "abstract", dyad_speed("opt125m")),
+        ("OPT-350m trains faster", "over 7%, more with width", "abstract", dyad_speed("opt350m")),
+        ("Pythia-160m trains faster", "7 to 15%", "abstract", dyad_speed("pythia160m")),
         ("MLP layer of 1024 to 4096, n=4", "1.37 times", DYAD_PAGE, layer("dyad:nblocks=4@4096x1024", 1.37)),
-        ("BLiMP of OPT-125m, 100M words", "0.730, dense 0.749", "repository", quality(blimp, ".4f", 0.9)),
-        ("the same above chance, 85% of dense", "no number", "-", quality(above_chance, ".4f", 0.85)),
+        ("BLiMP of OPT-125m, 100M words", "0.730, dense 0.749", "repository", quality(blimp, ".4f", 0.9, BLIMP_ERROR)),
+        ("the same above chance, 85% of dense", "no number", "-", quality(above_chance, ".4f", 0.85, BLIMP_ERROR)),
         ("GLUE, fine-tuned: sst2, mrpc, cola", "90% of dense", "abstract", quality(glue, ".3f", 0.9)),
     ],
     "monarch": [
@@ -400,6 +423,10 @@ def tables() -> dict[str, str]:
     found["beyond"] = "\n\n".join(beyond())
     columns = ("| width | structure | 1,000 tokens a second | sweep, 10M tokens, learning rate: loss | at dense's "
                "FLOPs, tokens: loss | in dense's time, tokens: loss |\n|---|---|--:|---|---|---|")  # fmt: skip
+    found["dyad-models"] = "\n".join([
+        "| model | structure | 1,000 tokens a second (times dense) | peak memory, GB | loss after 10M tokens |",
+        "|---|---|--:|--:|---|", *dyad_rows(),
+    ])  # fmt: skip
     found["mixtures"] = "\n".join([columns, *mixture_rows()])
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}
 

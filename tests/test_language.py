@@ -122,16 +122,22 @@ def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> No
     for run in found:
         share = float(run["name"].split("-x")[1].split("-lr")[0]) if "-x" in run["name"] else 1.0
         run["metrics"] |= {"train_seconds": 180 * share, "tokens": 1e8}
-    steps = [record(run, 4.0, 6.6e5 if "dyad4-it" in run.name else 6e5) for run in plans.PLANS["dyad"](1, [])]
-    files = {"language-time768": found, "language-dyad": steps}
+    steps = {
+        model: [
+            {"name": name, "metrics": {"speedup_over_dense": ratio}}
+            for name, ratio in (("dense", 1.0), ("dyad:nblocks=4", slower), ("dyad:nblocks=8", 1.3))
+        ]
+        for model, slower in (("opt125m", 1.1), ("opt350m", 1.06))
+    }
+    files = {"language-time768": found, **{f"step-time-{model}-h200": runs for model, runs in steps.items()}}
     monkeypatch.setattr(claims, "named", lambda name: {run["name"]: run for run in files.get(name, [])})
     rows = claims.time_rows()
     assert "| 768 | dyad8-all, 0.002 | 100M | 0.50 | 3.980 ± 0.000 (3 seeds) | yes |" in rows
     assert "| 768 | dense, 0.002 | 100M | 1.00 | 4.000 ± 0.000 (3 seeds) | yes |" in rows
     assert any(row.startswith("| 768 | monarch8-all, 0.002 | 100M | 0.65") and row.endswith("| no |") for row in rows)
-    assert claims.dyad_steps("opt125m", 1.07)()[1] is True
-    assert claims.dyad_steps("opt125m", 1.11)()[1] is False
-    assert claims.dyad_steps("opt350m", 1.07)()[0].startswith("dyad4-it 1.10, dyad4-ot 1.00")
+    assert claims.dyad_speed("opt125m")() == ("dyad4-it 1.10, dyad8-it 1.30 times as fast, whole step, bf16", True)
+    assert claims.dyad_speed("opt350m")()[1] is False, "8 blocks are not what the paper says it of"
+    assert claims.dyad_speed("pythia160m")() is None
     assert claims.monarch_loss() is None
 
 
