@@ -24,6 +24,7 @@ from language_plans import (
     MIXTURES,
     MONARCHS,
     REVERSED,
+    by_rate,
     final_mixtures,
     speed,
     spread,
@@ -126,16 +127,16 @@ def layer(problem: str, least: float) -> Callable[[], Finding]:
 def quality(
     metric: Callable[[Record], float], form: str, least: float, error: str | None = None
 ) -> Callable[[], Finding]:
-    """A score of DYAD beside dense after 85M tokens; DYAD must have ``least`` of dense's. ``error`` is the metric that
-    holds the standard error of one run."""
+    """A score of DYAD beside dense after 85M tokens, each at its better rate; DYAD must have ``least`` of dense's.
+    ``error`` is the metric that holds the standard error of one run."""
 
     def measure() -> Finding:
         found = named("language-dyad")
         scores = {}
         for name in ("dense", "dyad4-it", "dyad8-it"):
-            runs = of_seeds(found, f"opt125m-{name}-85M")
-            if all(_evaluated(run) for run in runs) and runs:
-                scores[name] = [metric(run) for run in runs]
+            rates = by_rate([run for run in found.values() if _evaluated(run)], f"opt125m-{name}-85M")
+            if rates:
+                scores[name] = [metric(run) for run in rates[0]]
         if not {"dense", "dyad4-it"} <= scores.keys():
             return None
         said = ", ".join(f"{name} {plus_minus(values, form)}" for name, values in scores.items())

@@ -102,27 +102,44 @@ def best(records: Iterable[Record]) -> Record:
 def dyad(stage: int, records: Records) -> list[Run]:
     """DYAD's models in its MLPs: all variants at 10M tokens, then the main ones at 85M with their evaluations.
 
-    Stage 1 also tries two other learning rates of dense OPT-125m; stage 2 takes dense's best for everything.
+    Stage 1 also tries other learning rates in OPT-125m. As a sweep of short runs may favour rates that are too low for
+    longer ones, stage 2 takes dense's best and twice as much for everything, and stage 3 repeats dense and the main
+    variant, each at its better one, with another seed.
     """
     few, many = round(SMALL / STEP), math.ceil(LARGE / STEP)
     if stage == 1:
         plan = [run("opt125m", few, lr=lr, name=f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3)]
         for priority, (recipe, lr) in enumerate((("opt125m", 1e-3), ("opt350m", 5e-4), ("pythia160m", 1e-3))):
-            names = DYADS if recipe == "opt125m" else {"dense": "dense", **DYADS}
+            names, rates = ({"dense": "dense", **DYADS}, (lr,)) if priority else (DYADS, (5e-4, lr))
             plan += [
-                run(recipe, few, spec, lr=lr, name=f"{recipe}-{name}-10M-lr{lr:g}", priority=priority)
-                for name, spec in names.items()
-            ]
+                run(recipe, few, spec, lr=rate, name=f"{recipe}-{name}-10M-lr{rate:g}", priority=priority)
+                for name, spec in names.items() for rate in rates
+            ]  # fmt: skip
         return plan
-    rates = (5e-4, 1e-3, 2e-3)
-    lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in rates)["config"]["lr"]
-    wanted = [("dense", "dense", 0), ("dyad4-it", DYADS["dyad4-it"], 0), ("dyad8-it", DYADS["dyad8-it"], 0)]
-    wanted += [("dense", "dense", 1), ("dyad4-it", DYADS["dyad4-it"], 1)]
+    specs = {"dense": "dense", **{name: DYADS[name] for name in ("dyad4-it", "dyad8-it")}}
+    if stage == 2:
+        lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3))["config"]["lr"]
+        wanted = [(name, rate, 0) for rate in (lr, 2 * lr) for name in specs]
+    else:
+        wanted = [
+            (name, rates[0][0]["config"]["lr"], 1)
+            for name in ("dense", "dyad4-it")
+            if (rates := by_rate(records, f"opt125m-{name}-85M"))
+        ]
     return [
-        run("opt125m", many, spec, lr=lr, seed=seed, name=f"opt125m-{name}-85M-s{seed}", parts=("eval", *GLUE),
-            priority=seed)
-        for name, spec, seed in wanted
+        run("opt125m", many, specs[name], lr=lr, seed=seed, name=f"opt125m-{name}-85M-lr{lr:g}-s{seed}",
+            parts=("eval", *GLUE), priority=seed)
+        for name, lr, seed in wanted
     ]  # fmt: skip
+
+
+def by_rate(records: Iterable[Record], title: str) -> list[list[Record]]:
+    """The finished runs named TITLE-lrRATE-sSEED, all seeds of a rate together, the best rate first."""
+    rates: dict[float, list[Record]] = {}
+    for record in records:
+        if record["name"].startswith(f"{title}-lr"):
+            rates.setdefault(record["config"]["lr"], []).append(record)
+    return sorted(rates.values(), key=lambda runs: mean(map(loss, runs)))
 
 
 def monarch(stage: int, records: Records) -> list[Run]:
@@ -331,12 +348,7 @@ def final_mixtures(records: Iterable[Record], width: int, name: str, budget: str
 
     Dense has one budget, its own.
     """
-    title = f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}-lr"
-    rates: dict[float, list[Record]] = {}
-    for record in records:
-        if record["name"].startswith(title):
-            rates.setdefault(record["config"]["lr"], []).append(record)
-    return sorted(rates.values(), key=lambda runs: mean(map(loss, runs)))
+    return by_rate(records, f"moe-w{width}-{name}-{'flops' if name == 'dense' else budget}")
 
 
 def smoke(stage: int, records: Records) -> list[Run]:
@@ -353,7 +365,7 @@ PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "time2048": time_to_loss(2048, 4), "methods": methods,
     "mixtures": mixtures, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 2, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
+STAGES = {"dyad": 3, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
