@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
 from structlin import machine
 from structlin.report import records
@@ -151,3 +152,8 @@ def test_the_commit_is_that_of_a_checkout_only(tmp_path: Path, monkeypatch: pyte
 
 def test_provenance_fits_the_schema() -> None:
     records.validate({**RECORD, **machine.provenance("structlin bench", 3, torch.device("cpu"))})
+
+
+def test_the_index_of_results_is_that_of_the_records() -> None:
+    index = script("index")
+    assert index.PAGE.read_text(encoding="utf-8") == index.page(), "run benchmarks/index.py"
