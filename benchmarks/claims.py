@@ -30,6 +30,7 @@ from language_plans import (
     spread,
 )
 
+from structlin.bench.problems import MLP_WIDTHS, PRESETS
 from structlin.report.records import Record
 from structlin.scaling import curves, laws
 
@@ -122,6 +123,25 @@ def layer(problem: str, least: float) -> Callable[[], Finding]:
         return None
 
     return measure
+
+
+def mlp_rows() -> list[str]:
+    """Both layers of an MLP together, by width and structure: how many times as fast as dense ones."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for record in named("bench-mlp-h200").values():
+        spec, shape = record["config"]["problem"].split("@")
+        value = record["metrics"]["graph_forward_backward_ms"] or math.inf
+        times.setdefault((spec, shape), {})[record["config"]["backend"]] = value
+    rows = []
+    for width in MLP_WIDTHS:
+        for spec in dict.fromkeys(text.split("@")[0] for text in PRESETS["mlp"]):
+            both = [times.get((spec, shape), {}) for shape in (f"{4 * width}x{width}", f"{width}x{4 * width}")]
+            cells = [NOTHING] * 3
+            if all({"linear", "auto"} <= own.keys() for own in both):
+                each = [own["linear"] / own["auto"] for own in both]
+                cells = [f"{x:.2f}" for x in (*each, sum(o["linear"] for o in both) / sum(o["auto"] for o in both))]
+            rows.append(f"| {width} | `{spec}` | {' | '.join(cells)} |")
+    return rows
 
 
 def quality(
@@ -427,6 +447,9 @@ def tables() -> dict[str, str]:
     found["dyad-models"] = "\n".join([
         "| model | structure | 1,000 tokens a second (times dense) | peak memory, GB | loss after 10M tokens |",
         "|---|---|--:|--:|---|", *dyad_rows(),
+    ])  # fmt: skip
+    found["mlps"] = "\n".join([
+        "| width | structure | widening layer | narrowing layer | both |", "|---|---|--:|--:|--:|", *mlp_rows(),
     ])  # fmt: skip
     found["mixtures"] = "\n".join([columns, *mixture_rows()])
     return found | {"time": "\n".join([head, *time_rows()]), "sweep": "\n".join([swept, *sweep_rows()])}

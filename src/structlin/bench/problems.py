@@ -15,6 +15,7 @@ from ..plan import Plan
 from ..spec import Spec, parse
 
 WIDTHS = (512, 1024, 2048, 4096, 8192)
+MLP_WIDTHS = (768, 1024, 2048, 4096)
 
 PRESETS: dict[str, tuple[str, ...]] = {
     # every structure once, small enough for two CPU cores
@@ -77,6 +78,18 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "dyad:nblocks=4@4096x1024",
         "btt:rank=1@1024x1024",
         "kronecker@4096x4096",
+    ),
+    # both layers of a transformer's MLP, four times as wide inside, as DYAD and Monarch replace them
+    "mlp": tuple(
+        f"{spec}@{shape}"
+        for width in MLP_WIDTHS
+        for spec in (
+            "dyad:nblocks=4:variant=narrow",
+            "dyad:nblocks=8:variant=narrow",
+            "monarch:nblocks=4:order=blocked",
+            "monarch:nblocks=8:order=blocked",
+        )
+        for shape in (f"{4 * width}x{width}", f"{width}x{4 * width}")
     ),
     # square layers, for the picture of speed-up against width
     "widths": (
