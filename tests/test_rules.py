@@ -27,7 +27,7 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 LAYERS = (
-    ("options", "progress", "regroup", "version", "widths"),
+    ("once", "options", "progress", "regroup", "version", "widths"),
     ("plan", "masks"),
     ("padding",),
     ("analysis", "spec", "report.records"),

@@ -6,6 +6,9 @@ import dataclasses
 import gzip
 import json
 import lzma
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,29 @@ def test_tokens_are_made_once_and_anew_for_other_text(recipe: Recipe, monkeypatc
     path = Path(recipe.data[0])
     path.write_text(path.read_text(encoding="utf-8").replace("fox", "cat"), encoding="utf-8")
     assert not np.array_equal(tokens.prepare(recipe).train, first.train)
+    assert not list(Path(recipe.cache).glob(".*"))
+
+
+def test_runs_that_start_together_make_tokens_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, begun, going_on, calls = tokens._write, threading.Event(), threading.Event(), []
+
+    def slowly(*given: Any) -> None:
+        calls.append(given)
+        begun.set()
+        assert going_on.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(tokens, "_write", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(tokens.prepare, recipe)
+        assert begun.wait(60)
+        others = [pool.submit(tokens.prepare, recipe) for _ in range(2)]
+        time.sleep(0.2)
+        assert not any(other.done() for other in others)
+        going_on.set()
+        found = [run.result(60).train for run in (first, *others)]
+    assert len(calls) == 1
+    assert all(np.array_equal(found[0], other) for other in found)
     assert not list(Path(recipe.cache).glob(".*"))
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..once import making
 from ..report.records import write_bytes
 from .config import OptionError
 from .documents import Piece, Source, given, sources
@@ -66,8 +67,9 @@ def prepare(recipe: Recipe) -> Tokens:
         ends = (SPECIAL["sep_token"],) if recipe.architecture == "bert" else ENDS
         key = _hash([FORMAT, [source.identity for source in text], split, tokenizer, ends])
         folder = Path(recipe.cache) / f"tokens-{key[:16]}"
-        if not folder.exists():
-            _write(folder, text, held_out, tokenizer, recipe.valid_share, ends)
+        with making(folder) as missing:
+            if missing:
+                _write(folder, text, held_out, tokenizer, recipe.valid_share, ends)
         meta = _checked(folder)
     except OptionError:
         raise
@@ -103,9 +105,10 @@ def _tokenizer(recipe: Recipe, text: Sequence[Source]) -> str:
     special = list(SPECIAL.values()) if encodes else [ENDS[0]]
     key = _hash([FORMAT, [source.identity for source in text], recipe.vocabulary, *(special if encodes else ())])
     path = Path(recipe.cache) / f"tokenizer-{key[:16]}.json"
-    if not path.exists():
-        codec = _train(text, recipe.vocabulary, special)
-        write_bytes(path, (_templated(codec) if encodes else str(codec.to_str())).encode())
+    with making(path) as missing:
+        if missing:
+            codec = _train(text, recipe.vocabulary, special)
+            write_bytes(path, (_templated(codec) if encodes else str(codec.to_str())).encode())
     return path.read_text(encoding="utf-8")
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...once import making
+
 FORMAT = 1
 ABOUT = "about"
 
@@ -41,9 +43,14 @@ def cached(
     wanted = json.loads(json.dumps({"format": FORMAT, **parameters}, sort_keys=True))
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{parameters['equation']}-{key}.npz"
-    if path.exists():
-        return _read(path, wanted)
-    arrays = dict(make())
+    folder.mkdir(parents=True, exist_ok=True)
+    with making(path) as missing:
+        if missing:
+            return _made(path, wanted, dict(make()))
+    return _read(path, wanted)
+
+
+def _made(path: Path, wanted: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> tuple[Any, dict[str, Any]]:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
@@ -66,7 +73,6 @@ def _read(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, NDArray[Any]], 
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".solutions-", suffix=".npz")
     try:
         with open(handle, "wb") as file:
