@@ -17,7 +17,7 @@ HEAD = """# Results
 Every figure in the documentation comes from a file here, in the schema of [docs/records.md](../docs/records.md). A
 record has its device, versions, seed and commit; this page, made by `benchmarks/index.py`, has the commands. DATA and
 models are folders that the script named in the command describes; a command that was given again went on with what was
-missing.
+missing. `benchmarks/reproduce.py` runs those of a GPU side by side, as many as its GPUs and the time allow.
 """
 
 

@@ -1,0 +1,121 @@
+"""The queue that makes records anew: what runs beside what, in which order, and that nothing written is lost."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import script
+
+from structlin import machine
+from structlin.report import records
+
+reproduce = script("reproduce")
+
+WRITER = """
+import json, os, sys, time
+from pathlib import Path
+
+name, seconds, path = sys.argv[1], float(sys.argv[2]), Path("results/made.json")
+document = json.loads(path.read_text())
+there = sorted(record["name"] for record in document["records"])
+config = {"there": there, "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "begun": time.time()}
+document["records"].append({**document["records"][0], "name": name, "config": config})
+
+def write():
+    Path("fresh").write_text(json.dumps(document))
+    os.replace("fresh", path)
+
+write()
+time.sleep(seconds)
+config["ended"] = time.time()
+write()
+"""
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Of the queue, in a folder that commands find the writer in."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "writer.py").write_text(WRITER, encoding="utf-8")
+    old: Any = {"kind": "spike", "config": {}, "metrics": {}, "status": "ok", "error": None, "name": "old"}
+    old |= machine.provenance("test", 0, torch.device("cpu"))
+    (tmp_path / "results").mkdir()
+    records.write(tmp_path / "results" / "made.json", [old])
+    monkeypatch.setattr(reproduce, "EVERY", 0.05)
+    monkeypatch.setattr(reproduce, "FOLDERS", {"tools": "data"})
+    return Namespace(folder=str(tmp_path / "runs"), out=str(tmp_path / "results"), gpus=2, limit=120.0,
+                     data=str(tmp_path / "tools"))  # fmt: skip
+
+
+def task(name: str, seconds: float, part: float = 1.0, after: tuple[str, ...] = (), expected: float = 0.0) -> Any:
+    return reproduce.Task(name, f"python tools/writer.py {name} {seconds}", expected, part, after)
+
+
+def made(options: Namespace) -> dict[str, Any]:
+    return {name: record["config"] for name, record in reproduce.by_name(Path(options.out) / "made.json").items()}
+
+
+def test_records_of_tasks_side_by_side_come_together(options: Namespace) -> None:
+    tasks = [task("one", 0.5), task("two", 0.5), task("three", 0, after=("one", "two"))]
+    assert reproduce.work(tasks, options) == []
+    found = made(options)
+    assert set(found) == {"old", "one", "two", "three"}
+    assert {found["one"]["gpu"], found["two"]["gpu"]} == {"0", "1"}
+    assert found["one"]["there"] == found["two"]["there"] == ["old"]
+    assert found["three"]["there"] == ["old", "one", "two"]
+    assert found["three"]["begun"] > max(found["one"]["ended"], found["two"]["ended"])
+
+
+def test_what_is_timed_has_a_gpu_for_itself(options: Namespace) -> None:
+    options.gpus = 1
+    tasks = [task("shared-1", 1, 0.5), task("shared-2", 1, 0.5), task("alone", 0.1)]
+    assert reproduce.work(tasks, options) == []
+    found = made(options)
+    assert found["shared-2"]["begun"] < found["shared-1"]["ended"]
+    assert found["alone"]["begun"] > max(found["shared-1"]["ended"], found["shared-2"]["ended"])
+
+
+def test_what_was_written_before_time_was_up_is_kept(options: Namespace) -> None:
+    options.limit = 4.0
+    tasks = [task("slow", 600), task("long", 0, expected=1e4), task("later", 0, after=("slow",))]
+    assert reproduce.work(tasks, options) == ["slow", "long", "later"]
+    assert set(made(options)) == {"old", "slow"}
+    assert "ended" not in made(options)["slow"]
+
+
+def test_what_ends_badly_is_said(options: Namespace, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = reproduce.Task("bad", "python -c 'raise SystemExit(\"it broke\")'", 0)
+    assert reproduce.work([bad, task("good", 0)], options) == []
+    assert "exit 1; it broke" in capsys.readouterr().out
+    assert "good" in made(options)
+
+
+def test_every_task_names_a_script_and_earlier_tasks() -> None:
+    names: list[str] = []
+    for each in reproduce.TASKS:
+        words = each.command.split()
+        assert words[0] == "structlin" or (reproduce.ROOT / words[1]).exists(), each.command
+        assert set(each.after) <= set(names)
+        names.append(each.name)
+    assert len(set(names)) == len(names)
+
+
+def test_bad_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["nothing"]) == 2
+    assert "nothing: no such task; allowed: those of --list" in capsys.readouterr().err
+    assert reproduce.main(["dyad-10M"]) == 2
+    assert "--data: needed" in capsys.readouterr().err
+    assert reproduce.main(["--list", "mlps"]) == 0
+    assert "structlin bench --preset mlp" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="devices are told apart by a variable of CUDA")
+def test_the_gpus_of_cuda_visible_devices_are_used(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert reproduce.work([task("one", 0.5), task("two", 0.5)], options) == []
+    assert {made(options)[name]["gpu"] for name in ("one", "two")} == {"4", "7"}
