@@ -240,8 +240,13 @@ def test_the_folder_of_a_gpt2_is_one_that_transformers_builds(options: list[str]
     assert torch.equal(model(windows).logits, ours(windows).logits)
     (record,) = records.read(tmp_path / "run" / "record.json")
     assert sum(p.numel() for p in model.parameters()) == record["metrics"]["model_params"]
-    wide = dataclasses.replace(find("tiny_gpt2"), depth=1)
-    head = models.build(dataclasses.replace(wide, tied=False, lm_head="btt:rank=2"), 500)[0].get_output_embeddings()
+
+
+@pytest.mark.parametrize("name", ["tiny_opt", "tiny_gpt2", "tiny_pythia", "tiny_llama"])
+def test_the_output_layer_of_every_decoder_takes_a_structure(name: str) -> None:
+    recipe = dataclasses.replace(find(name), depth=1, tied=False, lm_head="btt:rank=2")
+    models.check(recipe)
+    head = models.build(recipe, 500)[0].get_output_embeddings()
     assert isinstance(head, StructuredLinear)
     assert head.out_features == 512
 

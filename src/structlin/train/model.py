@@ -31,7 +31,6 @@ BLOCKS = {
     "llama": "model.layers",
     "bert": "bert.encoder.layer",
 }
-HEADS = {"gpt_neox": "embed_out"}  # elsewhere lm_head
 MLP = {
     "opt": ("*.fc1", "*.fc2"), "gpt2": ("*.mlp.*",), "gpt_neox": ("*.mlp.*",), "llama": ("*.mlp.*",),
     "bert": ("*.intermediate.dense", "*.output.dense"),
@@ -91,7 +90,7 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
     """
     torch.manual_seed(recipe.seed)
     model = dense(recipe, vocabulary)
-    conversion = to_structured_(model, _rules(recipe), init=recipe.init)
+    conversion = to_structured_(model, _rules(recipe, model), init=recipe.init)
     return model.to(device), conversion
 
 
@@ -103,7 +102,7 @@ def check(recipe: Recipe) -> None:
     """
     with torch.device("meta"):
         model = dense(recipe, recipe.vocabulary)
-    rules.check(model, _rules(recipe), recipe.init)
+    rules.check(model, _rules(recipe, model), recipe.init)
 
 
 def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
@@ -193,11 +192,14 @@ def flops_per_token(recipe: Recipe, model: nn.Module) -> int:
     return linear_flops(model) + recipe.depth * 4 * recipe.width * pairs // recipe.context
 
 
-def _rules(recipe: Recipe) -> dict[str, Spec | None]:
+def _rules(recipe: Recipe, model: nn.Module) -> dict[str, Spec | None]:
     """What `to_structured_` is given."""
     found: dict[str, Spec | None] = {}  # dense layers stay as transformers makes and draws them
     if recipe.lm_head != "dense":
-        found[HEADS.get(recipe.architecture, "lm_head")] = rules.spec("--lm-head", recipe.lm_head)
+        # by what it is: its name differs between architectures, and between versions of transformers
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        (name,) = (name for name, module in model.named_modules() if module is head)
+        found[name] = rules.spec("--lm-head", recipe.lm_head)
     if recipe.structure != "dense" and not is_standard(recipe):
         blocks = BLOCKS[recipe.architecture]
         known = {"mlp": tuple(f"{blocks}.{glob}" for glob in MLP[recipe.architecture]), "all": (f"{blocks}.*",)}
