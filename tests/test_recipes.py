@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from structlin import StructuredLinear, analysis, cli, load
-from structlin.evaluate.loading import load_model
+from structlin.evaluate.loading import load_model, load_tokenizer
+from structlin.evaluate.tokens import encoder
 from structlin.recipes import LANGUAGE, RECIPES, find
 from structlin.report import records
 from structlin.train import loop
@@ -238,6 +239,10 @@ def test_the_folder_of_a_gpt2_is_one_that_transformers_builds(options: list[str]
     ours, _, _ = loop.load(tmp_path / "run")
     windows = torch.arange(40)[None]
     assert torch.equal(model(windows).logits, ours(windows).logits)
+    tokenizer = load_tokenizer(tmp_path / "run" / "model")
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert encoder(tokenizer).prefix == tokenizer.eos_token_id, "what stood before a text in training"
     (record,) = records.read(tmp_path / "run" / "record.json")
     assert sum(p.numel() for p in model.parameters()) == record["metrics"]["model_params"]
 

@@ -29,7 +29,7 @@ from .folder import MODEL, RECORD, RUN, check_writable, claim, finished, locked
 from .masked import MaskedWindows
 from .monitor import Monitor, Say, check_trackers
 from .recipe import Recipe
-from .tokens import Tokens, prepare
+from .tokens import Tokens, hf_tokenizer, prepare
 from .windows import Windows, ahead, spread
 from .worker import DivergedError
 
@@ -148,9 +148,13 @@ def _write(folder: Path, record: Record, engine: Engine, tokens: Tokens) -> None
     if record["status"] == "ok":
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # left by a run that was killed here
         checkpoint.save(model.portable(engine.model), folder / MODEL)
+        if (recipe := engine.recipe).architecture == "bert":
+            tokenizer = masked.hf_tokenizer(recipe, tokens.tokenizer)
+        else:
+            tokenizer = hf_tokenizer(tokens.tokenizer, recipe.context)
+            engine.model.config.eos_token_id = tokenizer.eos_token_id  # type: ignore[union-attr]
         _write_config(engine.model, folder / MODEL / "config.json")
-        if engine.recipe.architecture == "bert":
-            masked.hf_tokenizer(engine.recipe, tokens.tokenizer).save_pretrained(folder / MODEL)
+        tokenizer.save_pretrained(folder / MODEL)
         (folder / MODEL / TOKENIZER).write_text(tokens.tokenizer, encoding="utf-8")
     records.write(folder / RECORD, [record])
 

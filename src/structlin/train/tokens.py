@@ -152,14 +152,14 @@ def _write(
     codec = _load(tokenizer)
     size = codec.get_vocab_size()
     dtype = "uint16" if size <= 1 << 16 else "uint32"
-    ends = next((codec.token_to_id(token) for token in named if codec.token_to_id(token) is not None), None)
-    if ends is None:
+    end = _end(codec, named)
+    if end is None:
         raise OptionError("--tokenizer", f"has no token that ends a document; allowed: one with {' or '.join(named)}")
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        outs = {part: _Out(fresh / f"{part}.bin", dtype, ends) for part in PARTS}
+        outs = {part: _Out(fresh / f"{part}.bin", dtype, codec.token_to_id(end)) for part in PARTS}
         try:
             for part, found in (("train", text), ("valid", held_out)):
                 for piece, ids in _encoded(codec, _all(found)):
@@ -173,6 +173,20 @@ def _write(
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _end(codec: Any, named: Sequence[str]) -> str | None:
+    """The first of the tokens ``named`` that a tokenizer has."""
+    return next((token for token in named if codec.token_to_id(token) is not None), None)
+
+
+def hf_tokenizer(tokenizer: str, context: int) -> Any:
+    """The tokenizer of transformers whose JSON is ``tokenizer``, of a decoder: it knows what ends a document."""
+    from transformers import PreTrainedTokenizerFast
+
+    codec = _load(tokenizer)
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=codec, eos_token=_end(codec, ENDS), model_max_length=context)
 
 
 class _Out:
