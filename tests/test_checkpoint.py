@@ -10,9 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import structlin as sl
 from structlin import checkpoint
+from structlin.nn import share_router_
+from structlin.quantization import quantize_factors_
 from structlin.testing import examples
 
 
@@ -341,8 +344,8 @@ def test_files_of_two_saves_are_refused(folder, tmp_path):
 
 
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it(folder):
-    edit(folder, format=2, structlin="9.8.7")
-    refused(folder, r"has format 2, written by structlin 9\.8\.7; this is structlin .* install a newer one")
+    edit(folder, format=3, structlin="9.8.7")
+    refused(folder, r"has format 3, written by structlin 9\.8\.7; this is structlin .* install a newer one")
 
 
 def test_an_unknown_structure_is_refused_by_layer(folder):
@@ -397,3 +400,72 @@ def test_no_pickle_is_written_or_read(folder):
     source = Path(checkpoint.__file__).read_text()
     assert "torch.load" not in source
     assert "import pickle" not in source
+
+
+def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(tmp_path):
+    def converted():
+        model = nn.Sequential(nn.Linear(16, 16))
+        sl.to_structured_(model, {"*": sl.Monarch(nblocks=4)})
+        return model
+
+    model = converted()
+    sl.save(model, tmp_path / "made")
+    quantized, partly, weighted = converted(), converted(), converted()
+    quantize_factors_(quantized)
+    sl.normalise_(partly)
+    parametrize.remove_parametrizations(partly[0], "first")
+    parametrizations.weight_norm(weighted[0], "second")
+    for odd, said in (
+        (quantized, "0: first is parametrized by LowBit, which a checkpoint does not keep"),
+        (partly, "0: is normalised, but for first"),
+        (weighted, "0: second is parametrized by _WeightNorm"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sl.save(odd, tmp_path / "made")
+    loaded = sl.load(nn.Sequential(nn.Linear(16, 16)), tmp_path / "made")
+    assert torch.equal(loaded[0].first, model[0].first)
+
+
+def test_a_model_that_is_one_layer_keeps_its_gains_and_its_guide(tmp_path):
+    for change in (sl.normalise_, lambda layer: sl.guide_(layer, 10)):
+        layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4))
+        change(layer)
+        sl.save(layer, tmp_path / "layer")
+        loaded = sl.load(sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4)), tmp_path / "layer")
+        assert loaded.state_dict().keys() == layer.state_dict().keys()
+        x = torch.randn(3, 16)
+        assert torch.equal(loaded(x), layer(x))
+
+
+def test_layers_that_share_a_router_do_so_when_they_are_loaded(tmp_path):
+    def dense():
+        return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+    model = dense()
+    sl.to_structured_(model, {"*": sl.btt_moe(experts=4)})
+    share_router_(model)
+    nn.init.normal_(model[0].router.weight)
+    sl.save(model, tmp_path / "shared")
+    assert json.loads((tmp_path / "shared" / checkpoint.STRUCTURES).read_text())["follows"] == {"1": "0"}
+    loaded = sl.load(dense(), tmp_path / "shared")
+    assert loaded[1].router is loaded[0].router
+    assert not loaded[1].leads
+    x = torch.randn(5, 16)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_buffers_that_are_not_saved_need_values_of_their_own(tmp_path):
+    def table():
+        model = nn.Sequential(nn.Linear(16, 16))
+        model.register_buffer("angles", torch.arange(4.0), persistent=False)
+        return model
+
+    model = table()
+    sl.to_structured_(model, {"0": sl.Monarch(nblocks=4)})
+    sl.save(model, tmp_path / "made")
+    assert sl.load(table(), tmp_path / "made").angles.tolist() == [0, 1, 2, 3]
+    with torch.device("meta"):
+        empty = table()
+    with pytest.raises(ValueError, match="angles is a buffer on the meta device that no checkpoint holds"):
+        sl.load(empty, tmp_path / "made")
+    assert type(empty[0]) is nn.Linear

@@ -283,3 +283,13 @@ def test_converting_takes_less_memory_than_the_model(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert taken < size / 2
+
+
+def test_mixtures_are_refused_by_name(tmp_path):
+    dense("llama").save_pretrained(tmp_path / "dense")
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"up_proj: btt_moe.* is a mixture of experts, which no folder"):
+            structlin.hf.convert(
+                tmp_path / "dense", tmp_path / "made", {"*.up_proj": sl.btt_moe(experts=4)}, "init", dry_run=dry_run
+            )
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -21,6 +21,7 @@ from transformers.quantizers import auto
 
 import structlin as sl
 import structlin.hf
+import structlin.quantization
 from structlin.hf.quantizer import GUARD
 from structlin.testing import assert_close
 
@@ -310,3 +311,16 @@ def test_the_trainer_trains_and_saves_a_structured_model(tmp_path):
     resumed = hf.Trainer(model=again, args=options, train_dataset=data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert torch.equal(logits(again.eval(), "llama"), logits(model, "llama"))
+
+
+def test_mixtures_and_odd_factors_are_not_saved_as_what_would_be_lost(tmp_path):
+    model = dense("llama")
+    sl.to_structured_(model, {"*.up_proj": sl.btt_moe(experts=4), "*.q_proj": sl.LowRank(rank=4)})
+    with pytest.raises(ValueError, match="up_proj: is a mixture of experts, which transformers would load as a fresh"):
+        model.save_pretrained(tmp_path / "mixed")
+    model = dense("llama")
+    sl.to_structured_(model, {"*.q_proj": sl.LowRank(rank=4)})
+    structlin.quantization.quantize_factors_(model)
+    with pytest.raises(ValueError, match="q_proj: down is parametrized by LowBit"):
+        model.save_pretrained(tmp_path / "quantized")
+    assert not list(tmp_path.glob("*/*.safetensors"))

@@ -237,3 +237,12 @@ def test_explain_names_the_join():
     layer = make(sl.Dyad(4, variant="ot"), (24, 16), "cpu")
     layer.backend = "joined"
     assert sl.explain(layer, 32)[-1].what == "bring the outputs to one order and add them"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_comes_out_may_be_changed_in_place(recompute):
+    layer = sl.StructuredLinear(16, 16, sl.Dyad(nblocks=4), bias=False, backend="joined", recompute=recompute)
+    x = torch.randn(2, 16)
+    changed = torch.autograd.grad(layer(x).relu_().sum(), tuple(layer.parameters()))
+    plainly = torch.autograd.grad(layer(x).relu().sum(), tuple(layer.parameters()))
+    assert all(map(torch.equal, changed, plainly))

@@ -519,3 +519,32 @@ def test_compiled_code_is_kept_by_the_source_of_its_operators():
     assert torch.equal(torch.compile(layer, backend=keep, fullgraph=True)(x), layer(x))
     assert REVISION in graphs[0]
     assert program(layer._program.text + REVISION).text == layer._program.text
+
+
+def test_a_kept_weight_is_never_that_of_parameters_that_are_gone():
+    """Memory is used again: a new factor may lie where an old one was, at the same version."""
+    layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4), bias=False, backend="dense").eval()
+    other = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4), bias=False, backend="bmm")
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        for _ in range(40):
+            state = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+            other.load_state_dict(state)
+            assert_close(torch.func.functional_call(layer, state, (x,)), other(x), 1e-5)
+            del state
+
+
+def test_transforms_see_through_a_dense_weight_in_inference():
+    layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4), backend="dense").eval()
+    x = torch.randn(3, 16)
+    state = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        found = torch.vmap(lambda one: torch.func.functional_call(layer, one, (x,)))(state)
+        single = torch.func.functional_call(layer, {name: p[1] for name, p in state.items()}, (x,))
+    assert_close(found[1], single, 1e-5)
+
+
+def test_a_layer_is_called_by_keyword_as_a_dense_one():
+    x = torch.randn(3, 16)
+    layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4))
+    assert torch.equal(layer(input=x), layer(x))

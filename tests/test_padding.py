@@ -324,3 +324,22 @@ def test_where_padding_does_not_help_the_error_says_so():
         sl.Pixelfly(2, 4, 3, pad=True).plan(16, 8)
     with pytest.raises(ValueError, match=r"nfactors may be 1 to 2$"):
         sl.Pixelfly(2, 4, 3).plan(16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [sl.Monarch(nblocks=5, pad=True), sl.Dyad(nblocks=4, pad=True)])
+def test_padded_layers_are_fitted_to_inputs_in_every_dtype(spec, dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(23, 17, dtype=dtype), torch.randn(50, 17, dtype=dtype)
+    layer = sl.StructuredLinear(17, 23, spec, bias=False, dtype=dtype).project_(weight, inputs=x)
+    exact = sl.StructuredLinear(17, 23, spec, bias=False, dtype=torch.float64)
+    exact.project_(weight.double(), inputs=x.double())
+    gap = [(x.double() @ (weight.double() - each.matrix().double()).T).norm() for each in (layer, exact)]
+    assert gap[0] <= 1.02 * gap[1]
+
+
+def test_trained_masks_are_not_fitted_where_there_is_padding():
+    model = torch.nn.Sequential(torch.nn.Linear(11, 7))
+    with pytest.raises(ValueError, match="is padded, and trained masks are fitted without padding"):
+        sl.to_structured_(model, {"*": sl.Gblr(components=4, rank=2, pad=True)}, weights="project")
+    assert type(model[0]) is torch.nn.Linear

@@ -145,7 +145,11 @@ def refusals(spec, rank, device):
     table, (rows, columns) = next(sl.Pixelfly.examples())
     normalised, looked_up = build(spec), nn.Sequential(sl.StructuredLinear(columns, rows, table))
     sl.normalise_(normalised)
-    for model in (odd, normalised, looked_up, nn.Sequential(nn.Linear(4, 4))):
+    hooked, tied = build(spec), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    hooked[2].register_forward_hook(lambda *_: None)
+    sl.to_structured_(tied, {"*": spec})
+    tied[1].first = tied[0].first
+    for model in (odd, normalised, looked_up, nn.Sequential(nn.Linear(4, 4)), hooked, tied):
         before = [type(module) for module in model.modules()]
         try:
             shard_(model, mesh(device))
@@ -155,10 +159,21 @@ def refusals(spec, rank, device):
     return told
 
 
+def two_names(spec, rank, device):
+    from structlin.parallel import shard_
+
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
+    model["b"] = model["a"]
+    sl.to_structured_(model, {"*": spec})
+    names = shard_(model, mesh(device))
+    return [(names, model["a"] is model["b"])]
+
+
 JOBS = [
     (data_parallel, "monarch"),
     (fully_sharded, "monarch"),
     (refusals, "monarch"),
+    (two_names, "monarch"),
     *((tensor_parallel, name) for name in RULES),
 ]
 
@@ -178,6 +193,12 @@ def test_replicas_on_halves_of_a_batch_are_one_model(job, found):
     check(trained(build(RULES["monarch"]), tokens()), returned(found, job, "monarch"), parts=True)
 
 
+def test_a_layer_of_two_names_is_cut_once(found):
+    for ((names, one),) in returned(found, two_names, "monarch"):
+        assert sorted(names) == ["a", "b", "c"]
+        assert one
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_layer_cut_in_two_is_one_layer(name, found):
     results = returned(found, tensor_parallel, name)
@@ -189,7 +210,9 @@ def test_a_layer_cut_in_two_is_one_layer(name, found):
 
 
 def test_what_cannot_be_cut_is_refused_in_words(found):
-    (odd,), (normalised,), (looked_up,), (dense,) = returned(found, refusals, "monarch")[0]
+    (odd,), (normalised,), (looked_up,), (dense,), (hooked,), (tied,) = returned(found, refusals, "monarch")[0]
+    assert "2: has hooks, which would be lost" in hooked
+    assert "1: shares first with another module" in tied
     assert "no axis of i=15, o=9, r=3 can be cut into 2 equal parts" in odd
     assert "0: has normalised" in normalised
     assert "2: has normalised" in normalised

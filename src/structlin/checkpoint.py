@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from .nn import RoutedLinear, StructuredLinear, layer_of, normalise_
 from .nn.guide import attach
 from .nn.kinds import kind_of
-from .nn.normalised import is_normalised
+from .nn.normalised import is_normalised, unsaveable
 from .spec import Spec
 from .surgery import to_structured_
 from .version import __version__
 
-FORMAT = 1
+FORMAT = 2
+"""1 has no ``follows``, and is written where there are none."""
 WEIGHTS, STRUCTURES = "model.safetensors", "structures.json"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,16 +41,23 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: when ``folder`` is a file or holds anything but a checkpoint, or for a state that is not all tensors
-            with values, of dtypes that safetensors has (complex128 is not one). What was in ``folder`` stays then.
+            with values, of dtypes that safetensors has (complex128 is not one), or factors of a form that `load` does
+            not know, as quantized ones. What was in ``folder`` stays then.
     """
     folder = Path(folder).resolve()
     _refuse_to_overwrite(folder)
+    layers = _structured(model).items()
+    odd = {name: unsaveable(layer) for name, layer in layers if isinstance(layer, StructuredLinear)}
+    if problems := [f"{name or 'the model'}: {why}" for name, why in odd.items() if why]:
+        raise ValueError("cannot save the model:\n  " + "\n  ".join(problems))
     stored, tied = _untie(model.state_dict(keep_vars=True))
+    follows = _follows(model)
     header = {
-        "format": FORMAT,
+        "format": FORMAT if follows else 1,
         "structlin": __version__,
         "structures": {name: module.spec.to_dict() for name, module in _structured(model).items()},
         "tied": tied,
+        **({"follows": follows} if follows else {}),
     }
     fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
@@ -98,11 +106,23 @@ def load(model: Model, folder: str | os.PathLike[str], device: str | torch.devic
     expected = _expected(model, current, fresh)
     _expect_extras(expected, model, specs, extras)
     problems = _misfits(expected, state, cast=not meta) + _broken_ties(current, state)
+    if meta:
+        problems += [
+            f"{name} is a buffer on the meta device that no checkpoint holds; "
+            "give it values first, or make the model on another device"
+            for name, buffer in model.named_buffers()
+            if buffer.is_meta and name not in current
+        ]
     if problems:
         raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
     if fresh:
         to_structured_(model, {escape(name): spec for name, spec in fresh.items()})
     _add(model, extras)
+    for name, leader in header.get("follows", {}).items():
+        layer, leads = model.get_submodule(name), model.get_submodule(leader)
+        assert isinstance(layer, RoutedLinear)
+        assert isinstance(leads, RoutedLinear)
+        layer.router, layer.leads = leads.router, False
     model.load_state_dict(state, assign=meta)
     for alias, name in header["tied"].items():
         _tie(model, alias, name)
@@ -113,6 +133,13 @@ def _structured(model: nn.Module) -> dict[str, StructuredLinear | RoutedLinear]:
     """Every name of every structured layer, mixtures of experts included."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, StructuredLinear | RoutedLinear)}
+
+
+def _follows(model: nn.Module) -> dict[str, str]:
+    """Every mixture that goes where another one does -> that one; see `structlin.nn.share_router_`."""
+    routed = {name: m for name, m in _structured(model).items() if isinstance(m, RoutedLinear)}
+    leaders = {id(layer.router): name for name, layer in routed.items() if layer.leads}
+    return {name: leaders[id(layer.router)] for name, layer in routed.items() if not layer.leads}
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -209,8 +236,13 @@ class Extras(NamedTuple):
 
 
 def _extras(specs: Mapping[str, Spec], state: Mapping[str, Tensor]) -> dict[str, Extras]:
-    gains = {name.partition(".parametrizations.")[0] for name in state if name.endswith(".0.gain")}
-    return {name: Extras(name in gains, f"{name}.guide.weight" in state) for name in specs}
+    gains = {f".{name}".partition(".parametrizations.")[0][1:] for name in state if name.endswith(".gain")}
+    return {name: Extras(name in gains, f"{_prefix(name)}guide.weight" in state) for name in specs}
+
+
+def _prefix(name: str) -> str:
+    """What the tensors of a layer begin with; those of a model that is one layer begin with nothing."""
+    return f"{name}." if name else ""
 
 
 def _expected(model: nn.Module, current: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
@@ -242,13 +274,13 @@ def _expect_extras(
             shape = kind.shape_of(layer)
         dtype = next(layer.parameters()).dtype
         for factor in specs[name].plan(*shape).factors if extra.normalised else ():
-            if f"{name}.{factor}" in expected:
-                prefix = f"{name}.parametrizations.{factor}"
-                expected[f"{prefix}.original"] = expected.pop(f"{name}.{factor}")
+            if f"{_prefix(name)}{factor}" in expected:
+                prefix = f"{_prefix(name)}parametrizations.{factor}"
+                expected[f"{prefix}.original"] = expected.pop(f"{_prefix(name)}{factor}")
                 expected[f"{prefix}.0.gain"] = torch.empty(1, dtype=dtype.to_real(), device="meta")
         if extra.guided:
-            expected[f"{name}.guide.weight"] = torch.empty(shape, dtype=dtype, device="meta")
-            expected[f"{name}.guide.alpha"] = torch.empty((), device="meta")
+            expected[f"{_prefix(name)}guide.weight"] = torch.empty(shape, dtype=dtype, device="meta")
+            expected[f"{_prefix(name)}guide.alpha"] = torch.empty((), device="meta")
 
 
 def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], cast: bool) -> list[str]:

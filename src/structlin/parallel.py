@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.utils import parametrize
 
 from .nn import StructuredLinear
+from .nn.kinds import is_hooked
 from .ops import backends_on
 from .ops.chain import multiply
 from .ops.lowering import Program, lower
@@ -136,14 +137,15 @@ def shard_(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         mesh: one-dimensional, as ``init_device_mesh("cuda", (2,))``.
 
     Returns:
-        The names of the layers.
+        The names of the layers, all of those that have several.
 
     Raises:
         ValueError: one message with every layer that cannot be cut: no axis is a multiple of the size of the mesh, the
-            structure looks up blocks by a table, factors are normalised or masked, a guide; also for a mesh of more
-            dimensions. The model is unchanged then.
+            structure looks up blocks by a table, factors are normalised, masked or shared, a guide, hooks; also for a
+            mesh of more dimensions. The model is unchanged then.
     """
-    found = {name: m for name, m in model.named_modules() if name and isinstance(m, StructuredLinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    found = {name: m for name, m in modules if name and isinstance(m, StructuredLinear)}
     if not found:
         raise ValueError("there is no structured layer to shard; see structlin.to_structured_")
     problems = []
@@ -152,10 +154,16 @@ def shard_(model: nn.Module, mesh: DeviceMesh) -> list[str]:
             check(layer, mesh)
         except ValueError as problem:
             problems.append(f"{name}: {problem}")
+        if is_hooked(layer):
+            problems.append(f"{name}: has hooks, which would be lost; remove them first")
+        others = {id(p) for m in model.modules() if m is not layer for p in m.parameters(recurse=False)}
+        if shared := [own for own, p in layer.named_parameters(recurse=False) if id(p) in others]:
+            problems.append(f"{name}: shares {', '.join(shared)} with another module, and would not any more; untie it")
     if problems:
         raise ValueError("cannot shard the model:\n  " + "\n  ".join(problems))
+    cut = {layer: ShardedLinear(layer, mesh) for layer in dict.fromkeys(found.values())}
     for name, layer in found.items():
-        model.set_submodule(name, ShardedLinear(layer, mesh))
+        model.set_submodule(name, cut[layer])
     return list(found)
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .conversion import Conversion, Swap, swap
 from .nn import RoutedLinear, StructuredLinear, layer_of
 from .nn.init import check as check_init
-from .nn.kinds import StructuredConv, kind_of
+from .nn.kinds import StructuredConv, is_hooked, kind_of
 from .nn.projection import check
 from .nn.worth import speedup
 from .progress import shown
@@ -168,7 +168,7 @@ def dense_twins(model: nn.Module) -> dict[StructuredLinear, nn.Module]:
             problems.append(f"{name}: shares a factor with another module; untie it first")
         if "guide" in layer._modules:
             problems.append(f"{name}: has a guide; drop it first, with the drop() of what guide_ returned")
-        if _is_hooked(layer):
+        if is_hooked(layer):
             problems.append(f"{name}: has hooks, which would be lost; remove them first")
     if problems:
         raise ValueError("cannot make the model dense:\n  " + "\n  ".join(problems))
@@ -197,6 +197,9 @@ def _resolve(names: dict[str, list[str]], rules: Mapping[str, Spec | None]) -> t
     chosen: dict[str, Spec] = {}
     used: set[str | None] = set()
     problems: list[str] = []
+    if not isinstance(rules, Mapping) or not all(isinstance(glob, str) for glob in rules):
+        allowed = "a mapping from globs over names to specs, as {'*': Monarch(nblocks=4)}"
+        return chosen, [f"rules are {rules!r}; allowed: {allowed}"]
     for glob, spec in rules.items():
         if not (spec is None or isinstance(spec, Spec)):
             problems.append(f"rule {glob!r} gives {spec!r}; a rule gives a spec, as Monarch(nblocks=4), or None")
@@ -246,7 +249,7 @@ def _refuse(model: nn.Module, names: list[str], dense: nn.Module, owners: Counte
     if any(owners[id(parameter)] > 1 for parameter in dense.parameters()):
         others = _sharers(model, dense, names)
         raise ValueError(f"shares its weight with {others}; untie it first, or keep it by a None rule")
-    if _is_hooked(dense) or not dense.state_dict().keys() <= {"weight", "bias"}:
+    if is_hooked(dense) or not dense.state_dict().keys() <= {"weight", "bias"}:
         raise ValueError("has hooks or tensors of its own, which would be lost; remove them, or keep it by a None rule")
     weight = dense.get_parameter("weight")
     if not (weight.is_floating_point() or weight.is_complex()):
@@ -257,14 +260,6 @@ def _refuse(model: nn.Module, names: list[str], dense: nn.Module, owners: Counte
             "belongs to an nn.TransformerEncoderLayer, which reads the weight directly in evaluation; "
             "call torch.backends.mha.set_fastpath_enabled(False) first, or keep it by a None rule"
         )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    forward, backward = (
-        (module._forward_pre_hooks, module._forward_hooks),
-        (module._backward_pre_hooks, module._backward_hooks),
-    )
-    return any(forward + backward) or "forward" in vars(module)
 
 
 def _mixture(name: str, dense: nn.Module, spec: MoE, weights: str) -> Swap:

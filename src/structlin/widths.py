@@ -118,7 +118,13 @@ def common_digits(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
 
 
 def share(rank: int | float, size: int) -> int:
-    """A rank that may be given as a fraction of ``size``: the nearest whole number, at least 1."""
+    """A rank that may be given as a fraction of ``size``: the nearest whole number, at least 1.
+
+    Raises:
+        ValueError: for a fraction that is not positive.
+    """
+    if isinstance(rank, float) and not rank > 0:
+        raise ValueError(f"rank={rank} is given; allowed: a whole number from 1 on, or a fraction above 0")
     return rank if isinstance(rank, int) else max(1, round(rank * size))
 
 

@@ -27,6 +27,7 @@ from ..nn import StructuredLinear
 from ..nn.kinds import kind_of
 from ..report.records import write_bytes
 from ..spec import Spec
+from ..structures.moe import MoE
 from ..surgery import fit_, planned, to_structured_
 from ..version import __version__
 from .files import INDEX, Weights
@@ -82,6 +83,7 @@ def convert(
     model, stored = open_dense(source)
     conversion, problems = planned(model, rules, "init")
     names = {swap.name for swap in conversion}
+    problems += _mixtures(conversion)
     problems += [f"inputs are given for {n!r}, which no rule converts" for n in (inputs or {}) if n not in names]
     if inputs and weights == "init":
         problems.append("inputs are for weights='project'; leave them out")
@@ -100,6 +102,16 @@ def convert(
         values = model.config.to_diff_dict()
         errors = write(jobs, target, settings, part_bytes, lambda folder: _finish(folder, source, values), tell)
     return Conversion(replace(swap, error=errors[swap.name]) for swap in conversion)
+
+
+def _mixtures(conversion: Conversion) -> list[str]:
+    """What is wrong with rules that make mixtures of experts."""
+    return [
+        f"{swap.name}: {swap.spec} is a mixture of experts, which no folder of transformers holds; convert the model "
+        "in memory and save it with structlin.save"
+        for swap in conversion
+        if isinstance(swap.spec, MoE)
+    ]
 
 
 def _jobs(

@@ -18,8 +18,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import StructuredLinear, normalise_
-from ..nn.normalised import is_normalised
+from ..nn import RoutedLinear, StructuredLinear, normalise_
+from ..nn.normalised import is_normalised, unsaveable
 from ..spec import Spec
 from ..surgery import to_structured_
 from ..version import __version__
@@ -86,11 +86,19 @@ def describe(model: PreTrainedModel) -> StructlinConfig | None:
     """The configuration of ``model`` as its layers are now; None where no layer is structured.
 
     Raises:
-        ValueError: for a layer with a guide, or one whose weight the model's own configuration ties to another.
+        ValueError: for a layer with a guide, factors of a form that no load knows, or a weight that the model's own
+            configuration ties to another, and for a mixture of experts.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
     tied = {key for pair in model.get_expanded_tied_weights_keys(all_submodels=True).items() for key in pair}
     problems = [f"{n}: has a guide; drop it first" for n, layer in layers.items() if "guide" in layer._modules]
+    problems += [f"{name}: {why}" for name, layer in layers.items() if (why := unsaveable(layer))]
+    problems += [
+        f"{name}: is a mixture of experts, which transformers would load as a fresh dense layer; save the model with "
+        "structlin.save"
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedLinear)
+    ]
     problems += [
         f"{name}: the config of the model ties its weight; set tie_word_embeddings=False in it"
         for name in layers

@@ -91,7 +91,7 @@ def write(
             tensors: dict[str, Tensor] = {}
             found: dict[str, float | None] = {}
             for job in part:
-                made, error = job.make()
+                made, error = _made(job)
                 tensors |= {key: value.contiguous() for key, value in made.items()}
                 if job.shown:
                     found[job.name], done = error, done + 1
@@ -112,6 +112,13 @@ def write(
     refuse(target)
     folder.rename(target)
     return errors
+
+
+def _made(job: Job) -> tuple[Mapping[str, Tensor], float | None]:
+    try:
+        return job.make()
+    except ValueError as problem:
+        raise ValueError(f"{job.name}: {problem}") from None
 
 
 def _enter(folder: Path, settings: Mapping[str, Any], target: Path) -> None:

@@ -33,8 +33,10 @@ def refuse(plan: Plan, masks: Mapping[str, Boxcar]) -> None:
     """Whether `project_blocks` can do this plan.
 
     Raises:
-        ValueError: unless it is one chain of two factors with a mask on each.
+        ValueError: unless it is one chain of two factors with a mask on each, without padding.
     """
+    if plan.kept is not None:
+        raise ValueError(f"{plan} is padded, and trained masks are fitted without padding; choose widths that divide")
     if len(plan.terms) > 1 or masks.keys() != plan.factors.keys() or len(masks) != 2:
         raise ValueError(f"{plan} cannot be projected to: trained masks are fitted on one chain of two factors only")
 

@@ -85,3 +85,12 @@ def register_kind(layer: type[StructuredLinear]) -> type[StructuredLinear]:
 def kind_of(module: nn.Module) -> type[StructuredLinear] | None:
     """The structured layer for a dense ``module``; None for what is no linear layer, as a 3x3 convolution."""
     return next((kind for kind in KINDS if isinstance(module, kind.stands_for) and kind.fits(module)), None)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something is run before or after ``module``, or in its place."""
+    forward, backward = (
+        (module._forward_pre_hooks, module._forward_hooks),
+        (module._backward_pre_hooks, module._backward_hooks),
+    )
+    return any(forward + backward) or "forward" in vars(module)

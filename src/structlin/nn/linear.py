@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .. import analysis
 from ..ops import BACKENDS, backends_on, choice, compose, dense, joined, multiply
 from ..ops.chain import check_dtype
-from ..ops.contract import autocast, autocast_dtype
+from ..ops.contract import autocast, autocast_dtype, seen_through
 from ..ops.lowering import Program, literal, lower
 from ..padding import described
 from ..plan import Plan
@@ -111,7 +111,7 @@ class StructuredLinear(nn.Module):
         if name not in BACKENDS:
             raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
         self._backend = name
-        self._weight: tuple[object, Tensor] | None = None
+        self._weight: tuple[tuple[object, list[Tensor]], Tensor] | None = None
         # worked out once: forward only replays shapes and strings, so that torch.compile sees a flat graph
         self._step_backend = "bmm" if name in ("auto", "dense", "triton", "joined") else name
         self._program: Program = lower(self.plan) if self._step_backend == "bmm" else literal(self.plan)
@@ -175,8 +175,9 @@ class StructuredLinear(nn.Module):
             return self.get_parameter(f"parametrizations.{name}.original")
         return self.get_parameter(name)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
+        x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
@@ -253,14 +254,17 @@ class StructuredLinear(nn.Module):
         stored = [*self.parameters(), *self.buffers()]  # a parametrized factor is a new tensor every time
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(f.is_inference() for f in stored):
             return self._narrow()
+        if seen_through():
+            return self._narrow()  # what a transform wraps lies nowhere
         captured = choice.capturing(stored[0].device)
         if self._backend == "auto" and (self.training or captured):
             return self._narrow()
         key = [(f.data_ptr(), f._version, f.dtype, f.device, autocast_dtype(f)) for f in stored]
-        if self._weight is None or self._weight[0] != key:
+        if self._weight is None or self._weight[0][0] != key:
             if captured:
                 return self._narrow()  # it is not there before the graph is replayed
-            self._weight = key, autocast(self._materialize(self._factors()))
+            # with what it was made of: at the address of a tensor that is gone there may be another one
+            self._weight = (key, [f.detach() for f in stored]), autocast(self._materialize(self._factors()))
         return self._weight[1]
 
     @torch.no_grad()

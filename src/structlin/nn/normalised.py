@@ -55,6 +55,23 @@ def is_normalised(layer: StructuredLinear) -> bool:
     return any(isinstance(module, Normalised) for module in layer.modules())
 
 
+def unsaveable(layer: StructuredLinear) -> str | None:
+    """Why a saved layer could not be loaded again: factors that are neither plain, masked by the structure nor all
+    normalised; None where it could."""
+    masked, kinds = layer.spec.masks(layer.plan), {}
+    for name in layer.plan.factors:
+        found = layer.get_submodule(f"parametrizations.{name}") if parametrize.is_parametrized(layer, name) else None
+        forms = [] if found is None else list(found.children())
+        odd = [type(form).__name__ for form in forms[name in masked :] if not isinstance(form, Normalised)]
+        if odd:
+            return f"{name} is parametrized by {', '.join(odd)}, which a checkpoint does not keep; remove it first"
+        kinds[name] = any(isinstance(form, Normalised) for form in forms)
+    if len(set(kinds.values())) > 1:
+        plain = ", ".join(name for name, normalised in kinds.items() if not normalised)
+        return f"is normalised, but for {plain}; a checkpoint keeps all factors normalised, or none"
+    return None
+
+
 def normalise_(model: nn.Module) -> list[str]:
     """Normalise every factor of every `StructuredLinear` of ``model``, in place.
 

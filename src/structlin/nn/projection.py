@@ -79,6 +79,7 @@ def _with_free_padding(
         return _nearest(plan, weight, factors, covariance)
     rows, columns = plan.kept
     plan = replace(plan, kept=None)
+    weight = weight if covariance is None else weight.to(covariance.dtype)
     target = F.pad(weight, (0, plan.in_features - columns, 0, plan.out_features - rows))
     whole, last, best = least_squares.size(target, covariance), float("inf"), factors
     for _ in range(ROUNDS):

@@ -98,8 +98,9 @@ class RoutedLinear(nn.Module):
             initialisation.fill_(self.bias, draws.get("bias", initialisation.ZERO), self.plan, "bias")
         self.router.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
+        x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
@@ -122,6 +123,11 @@ class RoutedLinear(nn.Module):
             raise ValueError(
                 f"{tokens.shape[0]} tokens follow a shared router that last saw {went}; the layer that leads must run "
                 "first, on the same tokens"
+            )
+        if torch.is_grad_enabled() and self.router.weight.requires_grad and not last.gate.requires_grad:
+            raise ValueError(
+                "the layer that leads a shared router ran without gradients, so the router would not learn from this "
+                "one; checkpoint all layers of the router together, or with use_reentrant=False"
             )
         size = last.routes.unit.shape[1] if isinstance(last.routes, Sets) else 0
         if size == size_of_sets(tokens, self.spec.experts, self.spec.top_k, self._program):
@@ -181,7 +187,7 @@ def share_router_(block: nn.Module) -> list[str]:
     """Let all `RoutedLinear` of ``block`` go where its first one goes, in place: one router for each block.
 
     The first is the first by registration; it must also run first, and all on the same tokens. Its router is that of
-    the others too, so a checkpoint is loaded into a model that shares its routers in the same way.
+    the others too, and a checkpoint says which they are.
 
     Returns:
         The names of the layers that follow.

@@ -254,7 +254,8 @@ class _Rejoined(torch.autograd.Function):
         ctx.text, ctx.traced = text, traced
         ctx.save_for_backward(x, weight)
         if not traced:
-            return _run_rejoined(x, weight, text)
+            with torch._C._AutoDispatchBelowADInplaceOrView():  # what is returned may be changed in place
+                return _run_rejoined(x, weight, text)
         with torch._C._AutoDispatchBelowAutograd():
             result: Tensor = _rejoined_op(x, weight, text)
         return result

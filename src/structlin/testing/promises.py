@@ -192,7 +192,7 @@ def exports(spec: Spec, shape: Shape, device: str) -> None:
     """torch.export gives a program of plain PyTorch operations, for any number of tokens."""
     layer = make(spec, shape, device)
     tokens = torch.export.Dim("tokens", min=2)
-    program = torch.export.export(layer, (inputs(layer, 5),), dynamic_shapes={"x": {0: tokens}})
+    program = torch.export.export(layer, (inputs(layer, 5),), dynamic_shapes={"input": {0: tokens}})
     own = [str(node.target) for node in program.graph.nodes if "structlin" in str(node.target)]
     if own:
         raise AssertionError(f"the exported program calls {own}")
