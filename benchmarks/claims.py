@@ -112,6 +112,22 @@ def dyad_rows() -> list[str]:
     return rows
 
 
+def dyad_long_rows() -> list[str]:
+    """Models at every rate that they had at 85M tokens: loss, BLiMP, fine-tuned tasks and prompts."""
+    found, rows = named("language-dyad"), []
+    for model in DYAD_MODELS:
+        for name in ("dense", *DYADS):
+            for runs in by_rate(found.values(), f"{model}-{name}-85M"):
+                cells = [f"{runs[0]['config']['lr']:.2g}", plus_minus([_loss(run) for run in runs])]
+                done = [run for run in runs if _evaluated(run)]
+                cells += [
+                    plus_minus([100 * score(run) for run in done], ".1f") if done else NOTHING
+                    for score in (blimp, glue, prompts)
+                ]
+                rows.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
 def layer(problem: str, least: float) -> Callable[[], Finding]:
     """Speed-up of one layer, forward and backward, as a CUDA graph."""
 
@@ -180,6 +196,12 @@ def blimp(run: Record) -> float:
 def glue(run: Record) -> float:
     """Mean of the main metrics of the fine-tuned tasks."""
     return mean(run["metrics"][f"finetune/{task}/{metric}"] or 0.0 for task, metric in GLUE.items())
+
+
+def prompts(run: Record) -> float:
+    """Mean accuracy of the tasks given as prompts with examples."""
+    found = [value or 0.0 for name, value in run["metrics"].items() if re.fullmatch(r"kshot/\w+/accuracy", name)]
+    return mean(found)
 
 
 def monarch_speed(model: str, least: float) -> Callable[[], Finding]:
@@ -447,6 +469,10 @@ def tables() -> dict[str, str]:
     found["dyad-models"] = "\n".join([
         "| model | structure | 1,000 tokens a second (times dense) | peak memory, GB | loss after 10M tokens |",
         "|---|---|--:|--:|---|", *dyad_rows(),
+    ])  # fmt: skip
+    found["dyad-long"] = "\n".join([
+        "| model | structure | rate | loss | BLiMP, % | fine-tuned, % | prompts, % |",
+        "|---|---|--:|---|---|---|---|", *dyad_long_rows(),
     ])  # fmt: skip
     found["mlps"] = "\n".join([
         "| width | structure | widening layer | narrowing layer | both |", "|---|---|--:|--:|--:|", *mlp_rows(),

@@ -104,12 +104,14 @@ def dyad(stage: int, records: Records) -> list[Run]:
 
     Stage 1 also tries other learning rates in OPT-125m. As a sweep of short runs may favour rates that are too low for
     longer ones, stage 2 takes dense's best and twice as much for everything, and stage 3 repeats dense and the main
-    variant, each at its better one, with another seed.
+    variant, each at its better one, with another seed. Stage 4 has these two in the other models, at the rates of
+    stage 1.
     """
     few, many = round(SMALL / STEP), math.ceil(LARGE / STEP)
+    others = {"opt350m": 5e-4, "pythia160m": 1e-3}
     if stage == 1:
         plan = [run("opt125m", few, lr=lr, name=f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3)]
-        for priority, (recipe, lr) in enumerate((("opt125m", 1e-3), ("opt350m", 5e-4), ("pythia160m", 1e-3))):
+        for priority, (recipe, lr) in enumerate({"opt125m": 1e-3, **others}.items()):
             names, rates = ({"dense": "dense", **DYADS}, (lr,)) if priority else (DYADS, (5e-4, lr))
             plan += [
                 run(recipe, few, spec, lr=rate, name=f"{recipe}-{name}-10M-lr{rate:g}", priority=priority)
@@ -119,17 +121,19 @@ def dyad(stage: int, records: Records) -> list[Run]:
     specs = {"dense": "dense", **{name: DYADS[name] for name in ("dyad4-it", "dyad8-it")}}
     if stage == 2:
         lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3))["config"]["lr"]
-        wanted = [(name, rate, 0) for rate in (lr, 2 * lr) for name in specs]
-    else:
+        wanted = [("opt125m", name, rate, 0) for rate in (lr, 2 * lr) for name in specs]
+    elif stage == 3:
         wanted = [
-            (name, rates[0][0]["config"]["lr"], 1)
+            ("opt125m", name, rates[0][0]["config"]["lr"], 1)
             for name in ("dense", "dyad4-it")
             if (rates := by_rate(records, f"opt125m-{name}-85M"))
         ]
+    else:
+        wanted = [(recipe, name, lr, 0) for recipe, lr in others.items() for name in ("dense", "dyad4-it")]
     return [
-        run("opt125m", many, specs[name], lr=lr, seed=seed, name=f"opt125m-{name}-85M-lr{lr:g}-s{seed}",
+        run(recipe, many, specs[name], lr=lr, seed=seed, name=f"{recipe}-{name}-85M-lr{lr:g}-s{seed}",
             parts=("eval", *GLUE), priority=seed)
-        for name, lr, seed in wanted
+        for recipe, name, lr, seed in wanted
     ]  # fmt: skip
 
 
@@ -365,7 +369,7 @@ PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "time2048": time_to_loss(2048, 4), "methods": methods,
     "mixtures": mixtures, "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 3, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
+STAGES = {"dyad": 4, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -88,6 +88,7 @@ TASKS: tuple[Task, ...] = (
     language("dyad-10M", "dyad:1", 500, 3),
     language("dyad-85M", "dyad:2", 700, 3, ("dyad-10M",)),
     language("dyad-85M-again", "dyad:3", 600, 3, ("dyad-85M",)),
+    language("dyad-85M-others", "dyad:4", 1300, 3),
     language("monarch-85M", "monarch:2", 600, 3, ("monarch-speed",)),
     language("methods", "methods:1", 450),
     *(

@@ -198,7 +198,7 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["time768:6"], "time768:6 is given; allowed: dyad:1 to 3, monarch:1 to 2, time768:1 to 4"),
+        (["time768:6"], "time768:6 is given; allowed: dyad:1 to 4, monarch:1 to 2, time768:1 to 4"),
         (["time768:2"], "w768-dense-sweep-lr0.002, which is not in the records"),
         (["dyad", "--only", "none-*"], "none-\\* is given; allowed: globs"),
         (["smoke"], "--data: .*nowhere is given; allowed: a folder with text/train.jsonl"),
