@@ -7,11 +7,13 @@
 DATA (or STRUCTLIN_DATA) is a folder with text/train.jsonl, text/valid.jsonl and, if there are, text/text_extra.jsonl,
 blimp/blimp.jsonl, glue/TASK.jsonl and tokenizer/bpe16k.json, each possibly with .xz. The text is tokenised once, before
 the queue. A run is ``structlin train`` in a process of its own, then ``structlin eval`` and ``structlin finetune`` for
-its parts; of several plans the first comes first, and in it the longest. Nothing starts that is not expected to end
-within --limit, and what is not done by then is ended. Records are written to results/language-PLAN.json after every
-part, so the same command goes on with what is missing. Times in records are those of training steps; ``total_seconds``
-has start, compilation, validation and writing too. With --share several runs are on a GPU at once, for losses alone:
-their records say so, and no plan takes a speed from them.
+its parts; of several plans the first comes first, and in it the longest. A stage of a plan is planned when the
+trainings of the plan's stages before it, as far as they were given too, have ended. What ends without a result, as when
+a shared GPU's memory is full, is tried once more. Nothing starts that is not expected to end within --limit, and what
+is not done by then is ended. Records are written to results/language-PLAN.json after every part, so the same command
+goes on with what is missing. Times in records are those of training steps; ``total_seconds`` has start, compilation,
+validation and writing too. With --share several runs are on a GPU at once, for losses alone: their records say so, and
+no plan takes a speed from them.
 """
 
 from __future__ import annotations
@@ -208,12 +210,19 @@ def _is_kept(name: str) -> bool:
     return not name.startswith("term/") and not (name.startswith(("paradigm/", "field/")) and name.endswith("_stderr"))
 
 
-def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Callable[[Job, float], None]) -> list[Job]:
+def work(
+    jobs: Sequence[Job],
+    place: Place,
+    gpus: int,
+    limit: float,
+    report: Callable[[Job, float, list[Job], list[Job]], list[Job]],
+) -> list[Job]:
     """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
     A device has ``place.share`` jobs at once, which `Job.among` expects to take longer.
-    ``report(job, seconds)`` is called after each that ended by itself, whatever came out.
-    """
+    ``report(job, seconds, waiting, running)`` is called after each that ended by itself, whatever came out, and returns
+    the jobs that wait from then on.
+    """  # fmt: skip
     waiting = list(jobs)
     active: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     try:
@@ -234,7 +243,7 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, report: Cal
             for slot, (job, process, begun) in list(active.items()):
                 if process.poll() is not None:
                     del active[slot]
-                    report(job, time.monotonic() - begun)
+                    waiting = report(job, time.monotonic() - begun, waiting, [job for job, _, _ in active.values()])
     finally:
         for _, process, _ in active.values():
             with suppress(ProcessLookupError):  # it ended by itself just now
@@ -264,55 +273,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stages = [_stage(text) for text in options.plans]
         books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
-        plan_of = {}
-        for plan, stage in stages:
-            plan_of |= {
-                run: plan
-                for run in PLANS[plan](stage, list(books[plan].kept.values()))
-                if _is_chosen(run, options.only)
-            }
-        for run in plan_of:
-            override(recipes.find(run.recipe), {name: str(value) for name, value in run.fields.items()})
-        jobs = [job for run, plan in plan_of.items() for job in place.missing(run, books[plan].kept.get(run.name))]
-        order = list(books)
-        jobs.sort(key=lambda job: (order.index(plan_of[job.run]), job.run.priority, job.part != "train", -job.seconds))
+        agenda = Agenda(stages, books, place, options.only)
+        jobs = agenda.due([])
         if options.dry_run:
             print(show(jobs, options.gpus))
+            print("\n".join(f"then {plan}:{stage}, which follows from them" for plan, stage in agenda.later))
             return 0
         if 0 < len(visible()) < options.gpus:
             raise ValueError(f"--gpus: {options.gpus} is given; allowed: up to {len(visible())}, as "
                              f"CUDA_VISIBLE_DEVICES is {','.join(visible())}")  # fmt: skip
         if not data:
             raise ValueError("--data is not given; allowed: a folder, here or in STRUCTLIN_DATA")
-        if not plan_of:
+        if not agenda.stage_of:
             raise ValueError(f"--only: {' '.join(options.only)} is given; allowed: globs that match names of --dry-run")
-        prepared = prepare(override(recipes.find(next(iter(plan_of)).recipe), place.fields() | {"context": "8"}))
+        recipe = recipes.find(next(iter(agenda.stage_of)).recipe)
+        prepared = prepare(override(recipe, place.fields() | {"context": "8"}))
     except ValueError as error:
         print(f"language.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{len(prepared.train):,} tokens to train on, ready after {time.monotonic() - begun:.0f} s", flush=True)
     command = f"python benchmarks/language.py {' '.join(options.plans)} --gpus {options.gpus}"
     command += f" --share {options.share}" if options.share > 1 else ""
+    repeated: set[Job] = set()
 
-    def save(run: Run) -> None:
-        if (record := place.record(run, plan_of[run], command)) is not None:
-            books[plan_of[run]].put(record)
-
-    def report(job: Job, seconds: float) -> None:
+    def report(job: Job, seconds: float, waiting: list[Job], running: list[Job]) -> list[Job]:
         place.note(job, seconds)
-        if (folder / job.run.name / job.result).exists():
+        if done := (folder / job.run.name / job.result).exists():
             place.tidy(job.run)
-            save(job.run)
-        record = books[plan_of[job.run]].kept.get(job.run.name)
-        print(f"{job.run.name} {job.part}: {seconds:.0f} s; {said(folder / job.run.name, job, record)}", flush=True)
+            agenda.save(job.run, command)
+        book = agenda.book(job.run)
+        print(f"{job.run.name} {job.part}: {seconds:.0f} s; "
+              f"{said(folder / job.run.name, job, book.kept.get(job.run.name))}", flush=True)  # fmt: skip
+        if not done and job not in repeated:
+            repeated.add(job)
+            waiting = [*waiting, job]
+        try:
+            return sorted([*waiting, *agenda.due([*waiting, *running])], key=agenda.order)
+        except ValueError as error:
+            print(f"language.py: error: {error}", file=sys.stderr, flush=True)
+            return waiting
 
-    for run, plan in plan_of.items():  # what an earlier call left without a record
-        if not is_of(books[plan].kept.get(run.name), run):
-            save(run)
+    for run in agenda.stage_of:  # what an earlier call left without a record
+        if not is_of(agenda.book(run).kept.get(run.name), run):
+            agenda.save(run, command)
     left = work(jobs, place, options.gpus, begun + options.limit, report)
-    print(f"{len(left)} of {len(jobs)} jobs left after {time.monotonic() - begun:.0f} s: "
-          + ", ".join(f"{job.run.name} {job.part}" for job in left), flush=True)  # fmt: skip
-    return 1 if left else 0
+    unplanned = [f"{plan}:{stage}" for plan, stage in agenda.later]
+    print(f"{len(left)} jobs left after {time.monotonic() - begun:.0f} s: "
+          + ", ".join([*(f"{job.run.name} {job.part}" for job in left), *unplanned]), flush=True)  # fmt: skip
+    return 1 if left or unplanned else 0
+
+
+class Agenda:
+    """The stages of plans that were given, each planned when all trainings of its plan so far have ended.
+
+    ``later`` are those that are not planned yet, ``stage_of`` has the place of its stage in the command for every run.
+    """
+
+    def __init__(
+        self, stages: Sequence[tuple[str, int]], books: Mapping[str, Book], place: Place, only: Sequence[str]
+    ) -> None:
+        self.given, self.later, self.books, self.place, self.only = list(stages), list(stages), books, place, only
+        self.stage_of: dict[Run, int] = {}
+
+    def book(self, run: Run) -> Book:
+        """Where the record of ``run`` goes."""
+        return self.books[self.given[self.stage_of[run]][0]]
+
+    def order(self, job: Job) -> tuple[int, int, bool, float]:
+        """What sorts jobs: by stage as given, then priority; of the same, trainings first."""
+        return self.stage_of[job.run], job.run.priority, job.part != "train", -job.seconds
+
+    def due(self, unfinished: Sequence[Job]) -> list[Job]:
+        """The missing jobs of the stages that can be planned beside ``unfinished`` ones, in their order.
+
+        Raises:
+            ValueError: for a stage that follows from what is not in the records; it is not planned any more.
+        """
+        busy = {self.given[self.stage_of[job.run]][0] for job in unfinished if job.part == "train"}
+        found: list[Job] = []
+        while stage := next((stage for stage in self.later if stage[0] not in busy), None):
+            self.later.remove(stage)
+            kept = self.books[stage[0]].kept
+            for run in PLANS[stage[0]](stage[1], list(kept.values())):
+                if _is_chosen(run, self.only):
+                    override(recipes.find(run.recipe), {name: str(value) for name, value in run.fields.items()})
+                    self.stage_of[run] = self.given.index(stage)
+                    jobs = self.place.missing(run, kept.get(run.name))
+                    busy |= {stage[0] for job in jobs if job.part == "train"}
+                    found += jobs
+        return sorted(found, key=self.order)
+
+    def save(self, run: Run, command: str) -> None:
+        """Write the record of ``run`` if there is one."""
+        if (record := self.place.record(run, self.given[self.stage_of[run]][0], command)) is not None:
+            self.book(run).put(record)
 
 
 class Book:

@@ -100,41 +100,50 @@ def best(records: Iterable[Record]) -> Record:
 
 
 def dyad(stage: int, records: Records) -> list[Run]:
-    """DYAD's models in its MLPs: all variants at 10M tokens, then the main ones at 85M with their evaluations.
+    """DYAD in the MLPs of OPT-125m: all variants at 10M tokens, then the main ones at 85M with their evaluations.
 
-    Stage 1 also tries other learning rates in OPT-125m. As a sweep of short runs may favour rates that are too low for
-    longer ones, stage 2 takes dense's best and twice as much for everything, and stage 3 repeats dense and the main
-    variant, each at its better one, with another seed. Stage 4 has these two in the other models, at the rates of
-    stage 1.
+    Stage 1 tries several rates. As a sweep of short runs may favour rates that are too low for longer ones, stage 2
+    takes dense's best and twice as much for everything, and stage 3 repeats dense and the main variant, each at its
+    better one, with another seed.
     """
-    few, many = round(SMALL / STEP), math.ceil(LARGE / STEP)
-    others = {"opt350m": 5e-4, "pythia160m": 1e-3}
+    rates = {"dense": (5e-4, 1e-3, 2e-3), **dict.fromkeys(DYADS, (5e-4, 1e-3))}
     if stage == 1:
-        plan = [run("opt125m", few, lr=lr, name=f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3)]
-        for priority, (recipe, lr) in enumerate({"opt125m": 1e-3, **others}.items()):
-            names, rates = ({"dense": "dense", **DYADS}, (lr,)) if priority else (DYADS, (5e-4, lr))
-            plan += [
-                run(recipe, few, spec, lr=rate, name=f"{recipe}-{name}-10M-lr{rate:g}", priority=priority)
-                for name, spec in names.items() for rate in rates
-            ]  # fmt: skip
-        return plan
-    specs = {"dense": "dense", **{name: DYADS[name] for name in ("dyad4-it", "dyad8-it")}}
+        return [dyad_run("opt125m", name, lr, SMALL) for name, own in rates.items() for lr in own]
+    lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in rates["dense"])["config"]["lr"]
+    main = ("dense", "dyad4-it", "dyad8-it")
     if stage == 2:
-        lr = best(found(records, f"opt125m-dense-10M-lr{lr:g}") for lr in (5e-4, 1e-3, 2e-3))["config"]["lr"]
-        wanted = [("opt125m", name, rate, 0) for rate in (lr, 2 * lr) for name in specs]
-    elif stage == 3:
-        wanted = [
-            ("opt125m", name, rates[0][0]["config"]["lr"], 1)
-            for name in ("dense", "dyad4-it")
-            if (rates := by_rate(records, f"opt125m-{name}-85M"))
-        ]
-    else:
-        wanted = [(recipe, name, lr, 0) for recipe, lr in others.items() for name in ("dense", "dyad4-it")]
+        return [dyad_run("opt125m", name, rate, LARGE) for rate in (lr, 2 * lr) for name in main]
     return [
-        run(recipe, many, specs[name], lr=lr, seed=seed, name=f"{recipe}-{name}-85M-lr{lr:g}-s{seed}",
-            parts=("eval", *GLUE), priority=seed)
-        for recipe, name, lr, seed in wanted
-    ]  # fmt: skip
+        dyad_run("opt125m", name, best(both)["config"]["lr"], LARGE, seed=1)
+        for name in main[:2]
+        if (both := [found(records, f"opt125m-{name}-85M-lr{rate:g}-s0") for rate in (lr, 2 * lr)])
+    ]
+
+
+def dyad_models(stage: int, records: Records) -> list[Run]:
+    """The other models of DYAD's paper: a sweep of dense, all variants at its best rate, 10M tokens, and the main
+    variant beside dense at 85M tokens with their evaluations."""
+    sweeps = {"opt350m": (5e-4, 2e-4, 1e-4), "pythia160m": (5e-4, 1e-3, 2e-3)}
+    if stage == 1:
+        return [dyad_run(recipe, "dense", lr, SMALL) for recipe, rates in sweeps.items() for lr in rates]
+    lrs = {
+        recipe: best(found(records, f"{recipe}-dense-10M-lr{lr:g}") for lr in rates)["config"]["lr"]
+        for recipe, rates in sweeps.items()
+    }
+    names, tokens = (DYADS, SMALL) if stage == 2 else (("dense", "dyad4-it"), LARGE)
+    return [dyad_run(recipe, name, lr, tokens) for recipe, lr in lrs.items() for name in names]
+
+
+def dyad_run(recipe: str, name: str, lr: float, tokens: int, seed: int = 0) -> Run:
+    """A run of 10M tokens, or one of 85M with its evaluations."""
+    spec = {"dense": "dense", **DYADS}[name]
+    more = {"warmup": 0.2} if recipe == "opt350m" else {}  # norms behind the residual sum need it
+    if tokens == SMALL:
+        return run(recipe, round(tokens / STEP), spec, lr=lr, name=f"{recipe}-{name}-10M-lr{lr:g}", **more)
+    title = f"{recipe}-{name}-85M-lr{lr:g}-s{seed}"
+    return run(
+        recipe, math.ceil(tokens / STEP), spec, lr=lr, seed=seed, name=title, parts=("eval", *GLUE), **more
+    )  # fmt: skip
 
 
 def by_rate(records: Iterable[Record], title: str) -> list[list[Record]]:
@@ -365,11 +374,12 @@ def smoke(stage: int, records: Records) -> list[Run]:
 
 
 PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
-    "dyad": dyad, "monarch": monarch, "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12),
-    "time2048": time_to_loss(2048, 4), "methods": methods,
-    "mixtures": mixtures, "smoke": smoke,
+    "dyad": dyad, "dyad_models": dyad_models, "monarch": monarch, "methods": methods, "mixtures": mixtures,
+    "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12), "time2048": time_to_loss(2048, 4),
+    "smoke": smoke,
 }  # fmt: skip
-STAGES = {"dyad": 4, "monarch": 2, "time768": 4, "time1024": 4, "time2048": 4, "methods": 1, "mixtures": 3, "smoke": 1}
+STAGES = {"dyad": 3, "dyad_models": 3, "monarch": 2, "methods": 1, "mixtures": 3, "time768": 4, "time1024": 4,
+          "time2048": 4, "smoke": 1}  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -1,14 +1,15 @@
 """Records of GPUs made anew or gone on with: many scripts on one machine, its GPUs full, within a time.
 
     python benchmarks/reproduce.py --list
-    python benchmarks/reproduce.py dyad-10M dyad-85M mlps --gpus 2 --limit 1700 --data DATA --images IMAGES --mri MRI
+    python benchmarks/reproduce.py mlps dyad time768 --gpus 2 --limit 1700 --data DATA --images IMAGES --mri MRI
 
 Without names it runs all of `TASKS`, in their order. DATA, IMAGES and MRI are folders as benchmarks/language.py,
 benchmarks/vision.py and docs/mri.md describe them; --models has what benchmarks/real_weights.py wrote. A task is one
 command, in a folder of its own with the records so far, so that it goes on with what is missing. What it adds is merged
 into results/ every few seconds. What times something has a GPU for itself, other tasks share one. A task starts after
-those that it follows from. One that counts its time itself starts where two minutes are left, others where they are
-expected to end in time. What runs then is ended.
+those that it follows from; one that fails, as where a shared GPU's memory is full, is started once more. One that
+counts its time itself starts where two minutes are left, others where they are expected to end in time. What runs at
+the end is ended.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class Task:
 
 
 def language(name: str, plan: str, seconds: float, share: int = 1, after: tuple[str, ...] = ()) -> Task:
-    """Runs of a plan of benchmarks/language.py on one GPU."""
-    shared = f" --share {share}" if share > 1 else ""
+    """Runs of plans of benchmarks/language.py, those that time nothing ``share`` at once and not alone on their GPU."""
+    shared, part = (f" --share {share}", 0.6) if share > 1 else ("", 1.0)
     return Task(
-        name, f"python benchmarks/language.py {plan}{shared} --data DATA --limit {{limit}}", seconds, 1.0, after
+        name, f"python benchmarks/language.py {plan}{shared} --data DATA --limit {{limit}}", seconds, part, after
     )
 
 
@@ -84,16 +85,14 @@ def speed(model: str, shape: str = "") -> Task:
 
 TASKS: tuple[Task, ...] = (
     Task("mlps", "structlin bench --preset mlp --backends auto --out results/bench-mlp-h200.json", 200),
+    language("dyad", "dyad:1 dyad:2 dyad:3", 1300, 3),
+    language("dyad-models", "dyad_models:1 dyad_models:2 dyad_models:3", 1600, 3),
     language("monarch-speed", "monarch:1", 400),
-    language("dyad-10M", "dyad:1", 500, 3),
-    language("dyad-85M", "dyad:2", 700, 3, ("dyad-10M",)),
-    language("dyad-85M-again", "dyad:3", 600, 3, ("dyad-85M",)),
-    language("dyad-85M-others", "dyad:4", 1300, 3),
     language("monarch-85M", "monarch:2", 600, 3, ("monarch-speed",)),
     language("methods", "methods:1", 450),
     *(
-        language(f"time{width}-{stage}", f"time{width}:{stage}", 600, 1, (f"time{width}-{stage - 1}",) * (stage > 1))
-        for width in (768, 1024, 2048) for stage in (1, 2, 3, 4)
+        language(f"time{width}", " ".join(f"time{width}:{stage}" for stage in (1, 2, 3, 4)), seconds)
+        for width, seconds in ((768, 4500), (1024, 5500), (2048, 5000))
     ),
     *(language(f"mixtures-{n}", f"mixtures:{n}", 600, 1 if n == 2 else 3, (f"mixtures-{n - 1}",) * (n > 1))
       for n in (1, 2, 3)),
@@ -212,6 +211,7 @@ def work(tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
     end, out = time.monotonic() + options.limit, Path(options.out)
     waiting, active = list(tasks), list[Job]()
     cut: list[str] = []
+    repeated: set[Task] = set()
     try:
         while True:
             while found := next(ready(waiting, active, options.gpus, end - time.monotonic()), None):
@@ -227,6 +227,9 @@ def work(tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
                 collect(job, out)
                 if code is not None:
                     active.remove(job)
+                    if code:
+                        (cut.append(job.task.name) if job.task in repeated else waiting.append(job.task))
+                        repeated.add(job.task)
                     last = job.folder.with_suffix(".log").read_text(errors="replace").splitlines()[-1:]
                     taken = time.monotonic() - job.begun
                     print(f"{job.task.name}: {taken:.0f} s, exit {code}; {' '.join(last)[:200]}", flush=True)

@@ -151,13 +151,52 @@ def test_what_is_slow_to_come_is_ended_and_the_rest_not_started(tmp_path: Path) 
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
     language.time, real = clock, language.time
     try:
-        left = language.work(
-            [slow, late], place, 2, slow.seconds + 0.5, lambda job, seconds: pytest.fail("it did not end")
-        )
+        left = language.work([slow, late], place, 2, slow.seconds + 0.5, lambda *_: pytest.fail("it did not end"))
     finally:
         language.time = real
     assert [job.run.name for job in left] == ["two", "one"]
     assert not (tmp_path / "two").exists()
+
+
+def test_a_stage_is_planned_when_the_one_before_has_run_and_failures_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(stage: int, found: Any) -> list[Any]:
+        if stage == 1:
+            return [plans.run("tiny_gpt2", 1, name=name, speed=1e9) for name in ("a", "b", "broken")]
+        lr = plans.best([plans.found(found, name) for name in ("a", "b")])["config"]["lr"]
+        return [plans.run("tiny_gpt2", 1, name=f"again-{lr:g}", speed=1e9)]
+
+    def command(self: Any, job: Any) -> list[str]:
+        """Leaves a record with the loss of the run; "b" and "broken" fail, the former once."""
+        made = records.read(ROOT / "results" / "language-methods.json")[0]
+        loss = {"a": 3.0, "b": 2.0}.get(job.run.name, 1.0)
+        made = {
+            **made,
+            "name": job.run.name,
+            "metrics": {"valid_loss": loss, "tokens_per_second": 1.0},
+            "config": {**made["config"], "lr": loss, "text": dict.fromkeys(("train", "valid", "tokenizer"))},
+        }
+        records.write(tmp_path / job.run.name / "made.json", [made])
+        tried = tmp_path / job.run.name / "tried"
+        fails = job.run.name == "broken" or (job.run.name == "b" and not tried.exists())
+        tried.touch()
+        here = tried.parent
+        return ["false"] if fails else ["cp", str(here / "made.json"), str(here / "record.json")]
+
+    monkeypatch.setitem(language.PLANS, "smoke", plan)
+    monkeypatch.setitem(language.STAGES, "smoke", 2)
+    monkeypatch.setattr(language.Place, "command", command)
+    monkeypatch.setattr(language.Place, "fields", lambda self: {})
+    monkeypatch.setattr(language, "prepare", lambda recipe: SimpleNamespace(train=[]))
+    options = ["smoke:1", "smoke:2", "--data", "x", "--out", str(tmp_path), "--folder", str(tmp_path)]
+    assert language.main([*options, "--dry-run"]) == 0
+    assert "then smoke:2" in capsys.readouterr().out
+    assert language.main(options) == 0
+    assert {found["name"] for found in records.read(tmp_path / "language-smoke.json")} == {"a", "b", "again-2"}
+    out = capsys.readouterr().out
+    assert out.count("broken train: ") == 2
+    assert "0 jobs left" in out
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -198,7 +237,10 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["time768:6"], "time768:6 is given; allowed: dyad:1 to 4, monarch:1 to 2, time768:1 to 4"),
+        (
+            ["time768:6"],
+            "time768:6 is given; allowed: dyad:1 to 3, dyad_models:1 to 3, monarch:1 to 2, methods:1,",
+        ),
         (["time768:2"], "w768-dense-sweep-lr0.002, which is not in the records"),
         (["dyad", "--only", "none-*"], "none-\\* is given; allowed: globs"),
         (["smoke"], "--data: .*nowhere is given; allowed: a folder with text/train.jsonl"),

@@ -90,9 +90,16 @@ def test_what_was_written_before_time_was_up_is_kept(options: Namespace) -> None
 
 def test_what_ends_badly_is_said(options: Namespace, capsys: pytest.CaptureFixture[str]) -> None:
     bad = reproduce.Task("bad", "python -c 'raise SystemExit(\"it broke\")'", 0)
-    assert reproduce.work([bad, task("good", 0)], options) == []
-    assert "exit 1; it broke" in capsys.readouterr().out
+    assert reproduce.work([bad, task("good", 0)], options) == ["bad"]
+    assert capsys.readouterr().out.count("exit 1; it broke") == 2
     assert "good" in made(options)
+
+
+def test_what_fails_is_started_once_more_before_what_follows(options: Namespace) -> None:
+    code = "import os; os.path.exists('runs/tried') or [open('runs/tried', 'w'), os._exit(1)]"
+    first = reproduce.Task("first", f'python -c "{code}" {{limit}}', 0)
+    assert reproduce.work([first, task("then", 0, after=("first",))], options) == []
+    assert "then" in made(options)
 
 
 def test_every_task_names_a_script_and_earlier_tasks() -> None:
@@ -108,7 +115,7 @@ def test_every_task_names_a_script_and_earlier_tasks() -> None:
 def test_bad_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["nothing"]) == 2
     assert "nothing: no such task; allowed: those of --list" in capsys.readouterr().err
-    assert reproduce.main(["dyad-10M"]) == 2
+    assert reproduce.main(["dyad"]) == 2
     assert "--data: needed" in capsys.readouterr().err
     assert reproduce.main(["--list", "mlps"]) == 0
     assert "structlin bench --preset mlp" in capsys.readouterr().out

@@ -63,16 +63,18 @@ def structured(what: Program, dtype: torch.dtype, tokens: int, device: torch.dev
 
 
 def times(subject: Subject) -> Times:
-    """Median milliseconds of every candidate that did not run out of memory."""
+    """Milliseconds of every candidate that did not run out of memory: the median of what Python launches, and the least
+    on the device alone, to which a busy host can only add."""
 
     def body() -> Times:
         try:
             operands = _Operands(subject)
         except torch.OutOfMemoryError:
             return {"eager": {}, "graph": {}}
-        eager = _medians(operands, not subject.training, 0.0)
+        eager = _measured(operands, not subject.training, 0.0, statistics.median)
         # queued behind twice the time that launching can take; what is compiled or captured may not keep a weight
-        graph = _medians(operands, False, min(0.05, 2e-3 * max(eager.values(), default=0.0) + 1e-3))
+        ahead = min(0.05, 2e-3 * max(eager.values(), default=0.0) + 1e-3)
+        graph = _measured(operands, False, ahead, min)
         return {"eager": eager, "graph": graph}
 
     return _apart(subject.device, body)
@@ -114,7 +116,9 @@ def _apart(device: torch.device, body: Callable[[], Result]) -> Result:
         return pool.submit(run).result()
 
 
-def _medians(operands: _Operands, keep: bool, ahead: float) -> dict[str, float]:
+def _measured(
+    operands: _Operands, keep: bool, ahead: float, summary: Callable[[list[float]], float]
+) -> dict[str, float]:
     subject = operands.subject
     runs: dict[str, Run] = {}
     samples: dict[str, list[float]] = {}
@@ -130,7 +134,7 @@ def _medians(operands: _Operands, keep: bool, ahead: float) -> dict[str, float]:
                 samples[name].append(seconds(runs[name], subject.device, ahead))
             except torch.OutOfMemoryError:
                 del samples[name]
-    return {name: 1e3 * statistics.median(taken) for name, taken in samples.items()}
+    return {name: 1e3 * summary(taken) for name, taken in samples.items()}
 
 
 class _Operands:
