@@ -61,6 +61,16 @@ def test_quantized_factors_follow_half_precision_and_compile():
     assert_close(compiled(x), made(x), 0.02)
 
 
+def test_small_factors_in_half_precision_keep_their_digits():
+    made = model().half()
+    with torch.no_grad():
+        for parameter in made[0].parameters():
+            parameter.mul_(1e-3)
+    wanted = made[0].matrix().float()
+    quantize_factors_(made)
+    assert (made[0].matrix().float() - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_what_cannot_be_quantized_is_refused_and_left_alone():
     normalised = model()
     sl.normalise_(normalised)

@@ -147,6 +147,13 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(source, tmp_path, m
     assert not (tmp_path / ".cut.partial").exists()
 
 
+def test_what_cannot_be_fitted_leaves_nothing(source, tmp_path):
+    inputs = {"model.layers.0.mlp.up_proj": torch.randn(3, 7)}
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj: inputs must be finite and of width"):
+        structlin.hf.convert(source, tmp_path / "out", {"*up_proj": sl.Monarch(4)}, inputs=inputs)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_the_model_is_never_held_whole(source, tmp_path):
     """Every tensor is asked for once, and no more than a part lives at a time."""
     live, peak = [], []

@@ -433,3 +433,13 @@ def test_a_router_that_would_not_learn_is_an_error() -> None:
         checkpoint(model[1], checkpoint(model[0], x, use_reentrant=True), use_reentrant=True).sum().backward()
     checkpoint(model[1], checkpoint(model[0], x, use_reentrant=False), use_reentrant=False).sum().backward()
     assert model[0].router.weight.grad is not None
+
+
+def test_transforms_are_refused_and_sequences_of_several_lengths_are_not():
+    layer = RoutedLinear(16, 16, sl.btt_moe(4, 2))
+    nn.init.normal_(layer.router.weight)
+    for transform in (torch.vmap(layer), torch.func.jacrev(layer)):
+        with pytest.raises(NotImplementedError, match=r"transforms of torch\.func cannot follow"):
+            transform(torch.randn(3, 2, 16))
+    x = torch.nested.nested_tensor([torch.randn(2, 16), torch.randn(3, 16)], layout=torch.jagged)
+    assert torch.equal(layer(x).values(), layer(x.values()))

@@ -117,6 +117,45 @@ def test_inputs_that_belong_to_no_layer_or_no_projection_are_refused():
         sl.to_structured_(network(), {"0": SPEC}, weights="project", inputs=inputs)
     with pytest.raises(ValueError, match="inputs are for weights='project'"):
         sl.to_structured_(network(), {"0": SPEC}, inputs=inputs)
+    for x, message in (
+        (torch.randn(3, 7), r"0: its inputs are of shape \(3, 7\); allowed: finite ones of shape \(\*, 8\)"),
+        (torch.full((3, 8), torch.inf), "0: its inputs are not all finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sl.to_structured_(network(), {"0": SPEC}, weights="project", inputs={"0": x})
+
+
+def test_inputs_given_by_keyword_are_recorded():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    x = torch.randn(3, 4)
+    assert torch.equal(record_inputs(Caller(), ["layer"], [x])["layer"], x)
+
+
+@pytest.mark.parametrize("register", ["_register_state_dict_hook", "register_load_state_dict_pre_hook"])
+def test_hooks_on_a_state_are_not_lost(register):
+    model = network()
+    getattr(model[0], register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"0 .*has hooks or tensors of its own"):
+        sl.to_structured_(model, {"0": SPEC})
+
+
+def test_a_dry_run_refuses_what_the_run_would():
+    for dtype, spec, message in (
+        (torch.float8_e4m3fn, SPEC, "has a weight of dtype torch.float8_e4m3fn"),
+        (torch.complex64, sl.btt_moe(4, 2), "is complex, and has no order to choose experts by"),
+    ):
+        model = nn.Sequential(nn.Linear(16, 16))
+        model[0].weight = nn.Parameter(model[0].weight.detach().to(dtype))
+        for dry in (True, False):
+            with pytest.raises(ValueError, match=message):
+                sl.to_structured_(model, {"0": spec}, dry_run=dry)
 
 
 def test_recording_inputs_leaves_the_model_alone_and_names_what_is_not_reached():

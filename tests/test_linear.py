@@ -548,3 +548,24 @@ def test_a_layer_is_called_by_keyword_as_a_dense_one():
     x = torch.randn(3, 16)
     layer = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4))
     assert torch.equal(layer(input=x), layer(x))
+
+
+@every_backend
+def test_sequences_of_several_lengths(backend):
+    layer, there = sl.StructuredLinear(16, 16, sl.Monarch(nblocks=4), backend=backend), (2, 0, 3)
+    x = torch.nested.nested_tensor([torch.randn(n, 16) for n in there], layout=torch.jagged, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y.values(), layer(x.values()))
+    (x + layer(y)).values().square().sum().backward()
+    assert x.grad.values().abs().min() > 0
+    with pytest.raises(ValueError, match=r"allowed: torch\.jagged, with lengths in dimension 1"):
+        layer(x.transpose(1, 2))
+
+
+def test_a_kept_weight_is_not_copied():
+    layer = sl.StructuredLinear(64, 64, sl.Monarch(nblocks=4), backend="dense").eval()
+    small = len(pickle.dumps(layer))
+    with torch.no_grad():
+        y = layer(torch.eye(64))
+        assert len(pickle.dumps(layer)) == small
+        assert torch.equal(copy.deepcopy(layer)(torch.eye(64)), y)

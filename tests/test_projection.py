@@ -169,3 +169,13 @@ def test_a_projected_layer_computes_what_the_dense_one_did():
     again.load_state_dict({**sl.project(again.plan, linear.weight), "bias": linear.bias})
     x = torch.randn(5, 16, dtype=torch.float64)
     assert_close(plain(again, x), linear(x))
+
+
+@pytest.mark.parametrize("spec", [sl.Blast(4), sl.BTT(rank=2), sl.Gblr(4), sl.Monarch(nblocks=4)], ids=str)
+def test_another_default_device_changes_nothing(spec):
+    weight = torch.randn(16, 16)
+    layers = [sl.StructuredLinear(16, 16, spec, device="cpu") for _ in range(2)]
+    layers[0].project_(weight)
+    with torch.device("meta"):
+        layers[1].project_(weight)
+    assert torch.equal(layers[0].matrix(), layers[1].matrix())

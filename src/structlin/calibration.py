@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,14 +38,16 @@ def record_inputs(model: nn.Module, names: Iterable[str], batches: Iterable[Any]
     if unknown := [name for name in names if name not in modules or kind_of(modules[name]) is None]:
         raise ValueError(f"{', '.join(unknown)}: no linear layer of the model; give names as in the conversion table")
 
-    def keep(name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
-        x, kind = given[0], kind_of(module)
+    def keep(name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x, kind = given_to(given, named), kind_of(module)
         if kind is not None and issubclass(kind, StructuredConv):
             x = x.movedim(-1 - kind.spatial, -1)
         found[name].append(x.reshape(-1, x.shape[-1]).clone())
 
     hooks = [
-        modules[name].register_forward_pre_hook(lambda module, given, name=name: keep(name, module, given))
+        modules[name].register_forward_pre_hook(
+            lambda module, given, named, name=name: keep(name, module, given, named), with_kwargs=True
+        )
         for name in names
     ]
     training = {module: module.training for module in model.modules()}
@@ -64,3 +66,9 @@ def record_inputs(model: nn.Module, names: Iterable[str], batches: Iterable[Any]
     if silent := [name for name, rows in found.items() if not rows]:
         raise ValueError(f"{', '.join(silent)}: no batch reaches it; give batches that do, or keep it by a None rule")
     return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def given_to(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The input of a linear layer that was called with these arguments."""
+    x: Tensor = positional[0] if positional else named["input"]
+    return x

@@ -48,6 +48,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _refuse_to_overwrite(folder)
     layers = _structured(model).items()
     odd = {name: unsaveable(layer) for name, layer in layers if isinstance(layer, StructuredLinear)}
+    if any(hasattr(tensor, "device_mesh") for tensor in model.state_dict(keep_vars=True).values()):
+        raise ValueError(
+            "cannot save a model that is cut over several devices; load its full_state_dict into one that is not"
+        )
     if problems := [f"{name or 'the model'}: {why}" for name, why in odd.items() if why]:
         raise ValueError("cannot save the model:\n  " + "\n  ".join(problems))
     stored, tied = _untie(model.state_dict(keep_vars=True))

@@ -130,6 +130,6 @@ def _squared_norm(layer: StructuredLinear, paths: list[str]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for _ in range(PROBES):
-        gradient = torch.randn(matrix.shape, generator=generator).to(matrix)
+        gradient = torch.randn(matrix.shape, generator=generator, device="cpu").to(matrix)
         total += sum(g.double().square().sum() for g in pull(gradient)[0].values())
     return total.div(PROBES)

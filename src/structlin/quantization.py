@@ -31,7 +31,8 @@ class LowBit(nn.Module):
         """Values and scales of ``factor``; the largest entry of every row is exact up to rounding of the scale."""
         rows = factor.float().abs().amax(tuple(range(-self.contracted, 0)), keepdim=True)
         largest = float(torch.iinfo(torch.int8).max if self.dtype == torch.int8 else torch.finfo(self.dtype).max)
-        scales = (rows / largest).clamp(min=torch.finfo(factor.dtype).tiny).to(factor.dtype)
+        kept = torch.finfo(factor.dtype)
+        scales = (rows / largest).clamp(min=kept.tiny * kept.eps).to(factor.dtype)  # the least subnormal number
         values = (factor.float() / scales.float()).clamp(-largest, largest)
         return (values.round() if self.dtype == torch.int8 else values).to(self.dtype), scales
 

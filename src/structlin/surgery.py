@@ -226,11 +226,17 @@ def _owners(model: nn.Module) -> Counter[int]:
 
 
 def _stray(inputs: Mapping[str, Tensor], conversion: Conversion, weights: str) -> list[str]:
-    """What is wrong with ``inputs`` as a whole; their widths are checked where they are used."""
+    """What is wrong with ``inputs``."""
     if inputs and weights != "project":
         return ["inputs are for weights='project'; leave them out"]
-    known = {change.name for change in conversion}
-    return [f"inputs are given for {name!r}, which no rule converts" for name in inputs if name not in known]
+    widths, problems = {change.name: change.in_features for change in conversion}, []
+    for name, x in inputs.items():
+        if name not in widths:
+            problems.append(f"inputs are given for {name!r}, which no rule converts")
+        elif x.dim() == 0 or x.shape[-1] != widths[name] or not x.isfinite().all():
+            given = f"are of shape {tuple(x.shape)}" if x.isfinite().all() else "are not all finite"
+            problems.append(f"{name}: its inputs {given}; allowed: finite ones of shape (*, {widths[name]})")
+    return problems
 
 
 def _kind(dense: nn.Module) -> type[StructuredLinear]:
@@ -254,6 +260,12 @@ def _refuse(model: nn.Module, names: list[str], dense: nn.Module, owners: Counte
     weight = dense.get_parameter("weight")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise ValueError(f"has a weight of dtype {weight.dtype}, which cannot be trained; keep it by a None rule")
+    if weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"has a weight of dtype {weight.dtype}; convert before it is quantized, or keep it by a None rule"
+        )
+    if hasattr(weight, "device_mesh"):
+        raise ValueError("has a weight cut over several devices; convert before the model is sharded")
     parents = (model.get_submodule(name.rpartition(".")[0]) for name in names)
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         raise ValueError(
@@ -268,6 +280,8 @@ def _mixture(name: str, dense: nn.Module, spec: MoE, weights: str) -> Swap:
     kind = _kind(dense)
     if issubclass(kind, StructuredConv):
         raise ValueError(f"a {type(dense).__name__} has no tokens to route; allowed for {spec}: linear layers")
+    if dense.get_parameter("weight").is_complex():
+        raise ValueError("is complex, and has no order to choose experts by; keep it by a None rule")
     rows, columns = kind.shape_of(dense)
     spec.expert_plan(rows, columns)
     params, flops = spec.costs(rows, columns)

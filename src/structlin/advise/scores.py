@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from ..calibration import given_to
 from ..nn import StructuredLinear
 from ..nn.kinds import StructuredConv, kind_of
 from ..spec import Spec
@@ -55,7 +56,7 @@ def probe(output: Any, generator: torch.Generator) -> Tensor:
         likelihood: Tensor = flat.gather(1, drawn.to(flat.device)).sum()
         return likelihood
     tensor = output if isinstance(output, Tensor) else output[0]
-    noisy: Tensor = (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()
+    noisy: Tensor = (tensor * torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)).sum()
     return noisy
 
 
@@ -70,13 +71,16 @@ def watch(model: nn.Module, names: Sequence[str], batches: Iterable[Any], seed: 
     squares: dict[str, list[Tensor]] = {name: [] for name in names}
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(name: str, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        inputs[name].append(_rows(module, given[0].detach()))
+    def keep(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        inputs[name].append(_rows(module, x.detach()))
         outputs[name].append(output)
 
     modules = dict(model.named_modules(remove_duplicate=False))
     hooks = [
-        modules[name].register_forward_hook(lambda module, given, output, name=name: keep(name, module, given, output))
+        modules[name].register_forward_hook(
+            lambda module, given, named, output, name=name: keep(name, module, given_to(given, named), output),
+            with_kwargs=True,
+        )
         for name in names
     ]
     try:
@@ -145,7 +149,7 @@ def tangent_kernel(model: nn.Module, names: Sequence[str], batch: Any, seed: int
         result = functional_call(model, parameters, () if kwargs else given, kwargs)
         tensor = result if isinstance(result, Tensor) else result[0]
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
         scalar: Tensor = (tensor * noise).sum() / tensor.numel() ** 0.5
         return scalar
 

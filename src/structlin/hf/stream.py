@@ -91,7 +91,7 @@ def write(
             tensors: dict[str, Tensor] = {}
             found: dict[str, float | None] = {}
             for job in part:
-                made, error = _made(job)
+                made, error = _made(job, folder)
                 tensors |= {key: value.contiguous() for key, value in made.items()}
                 if job.shown:
                     found[job.name], done = error, done + 1
@@ -114,10 +114,13 @@ def write(
     return errors
 
 
-def _made(job: Job) -> tuple[Mapping[str, Tensor], float | None]:
+def _made(job: Job, folder: Path) -> tuple[Mapping[str, Tensor], float | None]:
+    """What ``job`` makes; where that cannot be done, and nothing else was, ``folder`` goes."""
     try:
         return job.make()
     except ValueError as problem:
+        if [path.name for path in folder.iterdir()] == [SETTINGS]:
+            shutil.rmtree(folder)
         raise ValueError(f"{job.name}: {problem}") from None
 
 

@@ -67,7 +67,7 @@ def project_blocks(plan: Plan, masks: Mapping[str, Boxcar], weight: Tensor) -> d
     exact = torch.promote_types(wide.dtype, torch.float64)
     generator = torch.Generator().manual_seed(1)
     # a component that finds nothing left stays where it starts, ready to learn
-    down = torch.randn(len(columns), rank, plan.in_features, generator=generator, dtype=torch.float64)
+    down = torch.randn(len(columns), rank, plan.in_features, generator=generator, dtype=torch.float64, device="cpu")
     down = (down * analysis.init_std(plan, right)).to(weight.device, exact)
     up = torch.zeros(plan.out_features, len(rows), rank, device=weight.device, dtype=exact)
     limits = [(height, width) for (_, height), (_, width) in zip(rows, columns, strict=True)]
@@ -144,7 +144,7 @@ def _block(
         columns = _interval(v.abs().square().sum(1), limit[1], (cost[0], cost[1] * u.shape[1]))
         basis = v * _indicator([columns], residual, 1)[0][:, None]
         if basis.shape[1] < rank:
-            mix = torch.randn(len(u), rank - basis.shape[1], generator=generator).to(residual)
+            mix = torch.randn(len(u), rank - basis.shape[1], generator=generator, device="cpu").to(residual)
             mixed = residual.mH @ (mix * inside)
             basis = torch.cat([basis, mixed * _indicator([columns], residual, 1)[0][:, None]], 1)
     return rows, columns, u, basis.mH

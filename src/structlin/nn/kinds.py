@@ -25,7 +25,7 @@ class StructuredConv(StructuredLinear):
         """Whether ``module`` is a plain 1x1 convolution: of stride 1, without padding and groups."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         ones = (1,) * cls.spatial
-        plain = module.groups == 1 and module.padding in ((0,) * cls.spatial, "valid")
+        plain = module.groups == 1 and module.padding in ((0,) * cls.spatial, "valid", "same")
         return plain and module.kernel_size == ones and module.stride == ones
 
     @classmethod
@@ -50,8 +50,9 @@ class StructuredConv(StructuredLinear):
             self.in_features, self.out_features, ones, bias=self.bias is not None, device="meta", dtype=dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(*, in_features, positions...) -> (*, out_features, positions...)."""
+        x = input
         if x.dim() - self.spatial not in (1, 2) or x.shape[-1 - self.spatial] != self.in_features:
             raise ValueError(
                 f"the input must be (batch, {self.in_features}, {self.spatial} dimensions of positions), "
@@ -88,9 +89,8 @@ def kind_of(module: nn.Module) -> type[StructuredLinear] | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something is run before or after ``module``, or in its place."""
-    forward, backward = (
-        (module._forward_pre_hooks, module._forward_hooks),
-        (module._backward_pre_hooks, module._backward_hooks),
-    )
-    return any(forward + backward) or "forward" in vars(module)
+    """Whether something is run before or after ``module``, in its place, or when its state is saved or loaded."""
+    calls = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    state = (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks,
+             module._load_state_dict_post_hooks)  # fmt: skip
+    return any(calls + state) or "forward" in vars(module)

@@ -138,9 +138,9 @@ def alternate(
     factors = {
         name: start[name].to(dtype)
         if name in start
-        else torch.randn(plan.shapes[name], generator=generator, dtype=torch.float64).to(weight.device, dtype)
-        * analysis.init_std(plan, name)
-        for name in term.names
+        else analysis.init_std(plan, name)
+        * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64).to(weight.device, dtype)
+        for name, shape in ((name, plan.shapes[name]) for name in term.names)
     }
     system = _System(plan, term, weight.to(dtype), covariance)
     if len(term.names) == 1 and not system.is_large(term.names[0]):

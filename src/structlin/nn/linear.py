@@ -21,6 +21,7 @@ from ..spec import Spec
 from . import init as initialisation
 from .boxcar import BoxcarMask, masks_of
 from .boxcar_projection import project_blocks
+from .nested import by_values
 from .projection import check, project
 
 if TYPE_CHECKING:
@@ -169,6 +170,9 @@ class StructuredLinear(nn.Module):
         else:
             self.stored(name).copy_(value)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_weight": None}  # copies make their own
+
     def stored(self, name: str) -> nn.Parameter:
         """The parameter that holds the factor ``name``, before any parametrization of it."""
         if parametrize.is_parametrized(self, name):
@@ -176,8 +180,10 @@ class StructuredLinear(nn.Module):
         return self.get_parameter(name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
+        """(*, in_features) -> (*, out_features); a nested tensor (batch, lengths, in_features) to one."""
         x = input
+        if x.is_nested:
+            return by_values(self, x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"

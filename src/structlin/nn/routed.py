@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
+from ..ops.contract import transforming
 from ..ops.routed import arrange, multiply_routed, program, size_of_sets
 from ..padding import described
 from ..plan import Plan
@@ -13,6 +14,7 @@ from ..spec import Spec
 from ..structures import MoE
 from . import init as initialisation
 from .linear import StructuredLinear
+from .nested import by_values
 from .router import Router, Routing
 
 
@@ -99,11 +101,18 @@ class RoutedLinear(nn.Module):
         self.router.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
+        """(*, in_features) -> (*, out_features); a nested tensor (batch, lengths, in_features) to one."""
         x = input
+        if x.is_nested:
+            return by_values(self, x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last dimension of the input must be in_features={self.in_features}, not that of {tuple(x.shape)}"
+            )
+        if transforming():
+            raise NotImplementedError(
+                "tokens are sorted by where they go, which transforms of torch.func cannot follow; call a mixture of "
+                "experts outside of them"
             )
         tokens = x.reshape(-1, self.in_features)
         factors = [getattr(self, name) for name in self.plan.factors]

@@ -148,8 +148,8 @@ def _from_low_rank(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> dict[s
     i, p, j, q = blocks.shape
     generator = torch.Generator().manual_seed(1)
     # turned a little, as singular vectors may be zero in a block, and no fit of the other factors changes that
-    noise = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.eye(rank, dtype=noise.dtype) + TURN * rank**-0.5 * noise)[0].to(weight)
+    noise = torch.randn(rank, rank, generator=generator, device="cpu", dtype=torch.float64)
+    turn = torch.linalg.qr(torch.eye(rank, dtype=noise.dtype, device="cpu") + TURN * rank**-0.5 * noise)[0].to(weight)
     left, right = truncated(blocks.reshape(1, i * p, j * q), rank)
     left, right = left @ turn, turn.mT @ right
     left, right = left.reshape(i, p, rank), right.reshape(rank, j, q).transpose(0, 1)
@@ -157,7 +157,7 @@ def _from_low_rank(plan: Plan, term: Term, grid: Grid, weight: Tensor) -> dict[s
     if _distance(plan, term, equal, weight) < EXACT:
         return equal
     # elsewhere equal ones are a saddle point
-    middle = 1 + torch.randn(i, j, rank, generator=generator, dtype=torch.float64)
+    middle = 1 + torch.randn(i, j, rank, generator=generator, device="cpu", dtype=torch.float64)
     return _as_factors(plan, term, grid, left, middle.to(weight), right)
 
 
@@ -204,7 +204,9 @@ def factorise(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None
     similar = torch.linalg.solve(square[:, column, None].expand_as(square), square)
     similar = torch.linalg.solve(square[row].expand_as(square), similar, left=False) @ square[row, column]
     similar = similar.reshape(i * j, rank, rank)
-    weights = torch.randn(DRAWS, i * j, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(
+        DRAWS, i * j, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu"
+    )
     weights = weights.to(similar) / torch.linalg.matrix_norm(similar)
     best, least = None, float("inf")
     for mixed in torch.einsum("dn,nrs->drs", weights, similar):

@@ -96,7 +96,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 @constant_when_traced  # asked while tracing, where dynamo has entered the transform as well
-def _transforming() -> bool:
+def transforming() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -123,7 +124,7 @@ def implement(
 
 def seen_through() -> bool:
     """Whether a transform or an export has to look inside, so that plain PyTorch must run."""
-    if is_exporting() or _transforming():
+    if is_exporting() or transforming():
         return True
     # a mode that watches operations, such as a counter of FLOPs or a tracer, knows PyTorch's own
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
@@ -131,7 +132,7 @@ def seen_through() -> bool:
 
 def refuse_transforms(name: str) -> None:
     """Raise where an op of ours would otherwise return a zero tangent, or none."""
-    if _transforming():
+    if transforming():
         raise NotImplementedError(
             f"the op structlin::{name} has no forward-mode or functional derivative of its own; "
             f"call structlin.ops.{name.partition('_')[0]}, which runs as plain PyTorch there"

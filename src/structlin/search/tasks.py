@@ -128,8 +128,9 @@ class Teacher(Perceptron):
         self.about = {"teacher": f"{self.layers} layers of {sizes.teacher}"}
         widths = [self.in_features, *[sizes.teacher] * (self.layers - 1), self.out_features]
         generator = torch.Generator().manual_seed(seed)
-        self._weights = [torch.randn(m, n, generator=generator) * (2 / n) ** 0.5 for n, m in pairwise(widths)]
-        self._biases = [0.1 * torch.randn(m, generator=generator) for m in widths[1:]]
+        drawn = [torch.randn(m, n, generator=generator, device="cpu") for n, m in pairwise(widths)]
+        self._weights = [weight * (2 / weight.shape[1]) ** 0.5 for weight in drawn]
+        self._biases = [0.1 * torch.randn(m, generator=generator, device="cpu") for m in widths[1:]]
         self._shift, self._scale = torch.zeros(()), torch.ones(())
         _, targets = self._examples(-1, 4096)
         self._shift, self._scale = targets.mean(), targets.std()
@@ -154,7 +155,7 @@ class Teacher(Perceptron):
     @torch.no_grad()
     def _examples(self, stream: int, count: int) -> Batch:
         generator = torch.Generator().manual_seed((self.seed << 32) + stream + 2)
-        x = hidden = torch.randn(count, self.in_features, generator=generator).to(self._shift.device)
+        x = hidden = torch.randn(count, self.in_features, generator=generator, device="cpu").to(self._shift.device)
         for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             hidden = F.linear(hidden, weight, bias)
             hidden = F.relu(hidden) if index < self.layers - 1 else hidden
@@ -175,7 +176,7 @@ class Classes(Perceptron):
     def batch(self, step: int) -> Batch:
         """Random training images, float32 ``[batch, features]``, and labels, int64 ``[batch]``."""
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        chosen = torch.randint(len(self._y) - self._held_out, (self.sizes.batch,), generator=generator)
+        chosen = torch.randint(len(self._y) - self._held_out, (self.sizes.batch,), generator=generator, device="cpu")
         return self._examples(chosen)
 
     def validation(self) -> list[Batch]:
@@ -285,7 +286,7 @@ class Pixels(Decoder):
     def batch(self, step: int) -> Batch:
         """Random training images, int64 ``[batch, pixels]``."""
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        chosen = torch.randint(len(self._rows) - self._held_out, (self.sizes.batch,), generator=generator)
+        chosen = torch.randint(len(self._rows) - self._held_out, (self.sizes.batch,), generator=generator, device="cpu")
         return (self._rows[chosen].long(),)
 
     def validation(self) -> list[Batch]:
