@@ -39,7 +39,7 @@ from structlin.machine import provenance
 from structlin.models.gpt import Block, GPTConfig, angles
 from structlin.nn import MoEFFN, RoutedLinear, Router, routing_load, routing_loss
 from structlin.ops import mixture
-from structlin.ops.routed import program
+from structlin.ops.rows import program
 from structlin.report import records
 from structlin.testing import error
 

@@ -9,7 +9,8 @@ from structlin.bench.timing import capture
 from structlin.kernels.tiles import Sets
 from structlin.nn import MoEFFN, routing_load, routing_loss, update_balance_
 from structlin.ops.ragged import blocked_mm, blocked_outer, ragged_mm, ragged_outer
-from structlin.ops.routed import arrange, multiply_routed, program, sort
+from structlin.ops.routed import arrange, multiply_routed
+from structlin.ops.rows import program, sort
 from structlin.testing import assert_as_accurate, assert_close, error, inputs, make, plain
 
 pytestmark = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,6 @@ from .boxcar import BoxcarMask, masks_of
 from .boxcar_projection import project_blocks
 from .nested import by_values
 from .projection import check, project
-
-if TYPE_CHECKING:
-    from .guide import Guide
 
 
 class StructuredLinear(nn.Module):
@@ -279,10 +276,11 @@ class StructuredLinear(nn.Module):
 
         On the device of the factors, in their dtype or, where that is half precision, in float32.
         """
-        factors, guide = self._factors(), self._modules.get("guide")
+        factors = self._factors()
+        guide: Any = self._modules.get("guide")
         wide = torch.promote_types(factors[0].dtype, torch.float32)
         weight = self._materialize([factor.to(wide) for factor in factors])
-        return weight if guide is None else cast("Guide", guide).mixed(weight)
+        return weight if guide is None else guide.mixed(weight)
 
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same function, guide included, on the same device and in the same dtype.

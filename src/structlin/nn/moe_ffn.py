@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.contract import autocast
 from ..ops.ragged import ragged_mm
-from ..ops.routed import Routes, combine, dispatch
+from ..ops.rows import Routes, combine, dispatch
 from .router import Router
 
 

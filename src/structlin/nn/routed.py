@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
 from ..ops.contract import transforming
-from ..ops.routed import arrange, multiply_routed, program, size_of_sets
+from ..ops.routed import arrange, multiply_routed, size_of_sets
+from ..ops.rows import program
 from ..padding import described
 from ..plan import Plan
 from ..spec import Spec

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.tiles import Sets
-from ..ops.routed import Program, Routes, alike, arrange, is_led, multiply_led, multiply_routed, sort
+from ..ops.routed import alike, arrange, is_led, multiply_led, multiply_routed
+from ..ops.rows import Program, Routes, sort
 
 BIAS_STEP = 0.001  # of the bias of an expert at each update (Wang et al. 2024)
 

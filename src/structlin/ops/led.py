@@ -19,6 +19,7 @@ from ..kernels.tiles import Sets
 from .contract import implement
 from .mixture import fake_group, fake_mixture, flops, without_graph
 from .moves import aligned
+from .rows import by_rows
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
@@ -114,7 +115,6 @@ class _Led(torch.autograd.Function):
 def _differentiable_backward(
     gradients: Sequence[Tensor | None], tensors: Sequence[Tensor], chosen: Tensor, needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    from .routed import by_rows
 
     x, router, first, second = tensors
     (experts, c, f, a), o = first.shape, second.shape[2]

@@ -1,6 +1,6 @@
 """Experts of two steps as one differentiable operator over tokens sorted by their set of experts, by kernels of ours.
 
-Where few sets are possible this moves a third of the bytes of sorting by expert (`ops/routed.py`): a token is one row,
+Where few sets are possible this moves a third of the bytes of sorting by expert (`ops/rows.py`): a token is one row,
 its input is read once and its output written once. It is registered with PyTorch, so that torch.compile does not look
 inside; the gradient of a gradient runs as rows sorted by expert.
 """
@@ -18,9 +18,7 @@ from ..kernels.tiles import TILE, Sets, few_sets, fits, limits
 from .contract import autocast_dtype, implement, seen_through
 from .equation import constant_when_traced
 from .moves import aligned, kernels_on
-
-Digits = tuple[int, int, int, int]
-"""(c, a, f, o) of an expert ``[t, c, a] x [c, f, a] -> [t, c, f]``, ``[t, c, f] x [f, o, c] -> [t, f, o]``."""
+from .rows import Digits, by_rows
 
 _library = torch.library.Library("structlin", "FRAGMENT")
 for _schema in (
@@ -124,7 +122,6 @@ class _Mixture(torch.autograd.Function):
 def _differentiable_backward(
     dy: Tensor, tensors: Sequence[Tensor], chosen: Tensor, needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    from .routed import by_rows  # which this is the fast way of
 
     tensors = [tensor.view_as(tensor) for tensor in tensors]  # the gate is made of the input, which is no matter here
     x, first, second, gate = tensors
