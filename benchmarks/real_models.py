@@ -49,6 +49,7 @@ from structlin.evaluate.loading import is_encoder, load_model, load_tokenizer
 from structlin.evaluate.metrics import pearson
 from structlin.evaluate.tokens import encoder
 from structlin.machine import provenance
+from structlin.once import alone
 from structlin.report import records
 
 RULES = {"minilm": "*.layer.*", "smollm2": "model.layers.*"}
@@ -225,14 +226,17 @@ def speed(bench: Bench, model: nn.Module) -> dict[str, float | int | None]:
             run(input_ids=ids)
 
     def timed(call: Callable[[Any], None], run: Any) -> float:
-        times = []
-        for _ in range(25 if cuda else 5):
+        def once() -> float:
             start = time.perf_counter()
             call(run)
             if cuda:
                 torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        return median(times[5 if cuda else 2 :])
+            return 1e3 * (time.perf_counter() - start)
+
+        for _ in range(5 if cuda else 2):  # compiled here
+            once()
+        with alone():
+            return median(once() for _ in range(20 if cuda else 3))
 
     found: dict[str, float | int | None] = {}
     for name, call in (("step", step), ("forward", forward)):

@@ -6,7 +6,8 @@
 Without names it runs all of `TASKS`, in their order. DATA, IMAGES and MRI are folders as benchmarks/language.py,
 benchmarks/vision.py and docs/mri.md describe them; --models has what benchmarks/real_weights.py wrote. A task is one
 command, in a folder of its own with the records so far, so that it goes on with what is missing. What it adds is merged
-into results/ every few seconds. What times something has a GPU for itself, other tasks share one. A task starts after
+into results/ every few seconds. What times something has a GPU for itself, or shares it with others of its kind, one
+of which times while the others compile (`structlin.once.alone`); what times nothing shares one too. A task starts after
 those that it follows from; one that fails, as where a shared GPU's memory is full, is started once more. One that
 counts its time itself starts where two minutes are left, others where they are expected to end in time. What runs at
 the end is ended.
@@ -30,12 +31,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+from structlin.once import ALONE  # noqa: E402
 from structlin.report import records  # noqa: E402
 from structlin.report.records import Record  # noqa: E402
 
 FOLDERS = {"DATA": "data", "IMAGES": "images", "MRI": "mri", "models": "models"}
 """What commands call folders that lie elsewhere, and the options that say where."""
 EVERY = 3.0  # seconds between two looks at what was written
+THIRD = 0.33  # of a GPU
 LEAST = 120.0  # seconds that a task with a limit of its own is worth starting for
 
 
@@ -43,8 +46,8 @@ LEAST = 120.0  # seconds that a task with a limit of its own is worth starting f
 class Task:
     """One command, with ``{limit}`` for the seconds that it has.
 
-    ``seconds`` is what it is expected to take, ``part`` how much of a GPU it gets, 1 where it times something or shares
-    by itself, and ``after`` names the tasks whose records it reads.
+    ``seconds`` is what it is expected to take, ``part`` how much of a GPU it gets, and ``after`` names the tasks whose
+    records it reads. ``turns`` says that it times, and waits for its turn with that.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Task:
     seconds: float
     part: float = 1.0
     after: tuple[str, ...] = ()
+    turns: bool = False
 
     @property
     def least(self) -> float:
@@ -72,15 +76,16 @@ def step_time(recipe: str) -> Task:
     specs = ["dense", *(f"dyad:nblocks={n}:variant={variant}" for n in (4, 8) for variant in ("narrow", "it"))]
     command = f"python benchmarks/step_time.py results/step-time-{recipe}-h200.json --recipe {recipe} --steps 10"
     specs += [f"dyad:nblocks=4:variant={variant}" for variant in ("ot", "dt")]
-    return Task(f"steps-{recipe}", f"{command} --structures {','.join(specs)}", 250)
+    return Task(f"steps-{recipe}", f"{command} --structures {','.join(specs)}", 250, THIRD, turns=True)
 
 
 def speed(model: str, shape: str = "") -> Task:
     """Steps of a pretrained model with structured layers."""
     command = f"python benchmarks/real_models.py results/{model}-speed-h200.json --model models/{model} --data DATA"
     return Task(
-        f"speed-{model}", f"{command} --stages speed --structures monarch,low_rank --shares 0.5,0.25{shape}", 300
-    )
+        f"speed-{model}", f"{command} --stages speed --structures monarch,low_rank --shares 0.5,0.25{shape}", 300,
+        THIRD, turns=True,
+    )  # fmt: skip
 
 
 TASKS: tuple[Task, ...] = (
@@ -100,25 +105,27 @@ TASKS: tuple[Task, ...] = (
     speed("minilm"), speed("smollm2", " --speed-shape 16 1024"),
     *(
         Task(f"{model}-{flow}-s{seed}", "python benchmarks/operators.py --out results/operators-h200.json "
-             f"--models {model} --flows {flow} --seeds {seed} --short-share 0.9 --limit {{limit}}", 400, 0.34)
+             f"--models {model} --flows {flow} --seeds {seed} --short-share 0.9 --limit {{limit}}", 400, THIRD)
         for seed in (0, 1, 2) for flow in ("1e-3", "1e-4", "1e-5") for model in ("fno", "monarch_no", "unet")
     ),
     *(
         Task(f"mri-{method}", "python benchmarks/mri.py --data MRI --out results/mri-h200.json "
-             f"--only '{method}-*' --limit {{limit}}", 300, 0.34)
+             f"--only '{method}-*' --limit {{limit}}", 300, THIRD)
         for method in ("monarch_sense", "unet", "unet_on_sense")
     ),
     *(
-        Task(f"vision-{name}", f"python benchmarks/vision.py --data IMAGES --only '{glob}' --limit {{limit}}", seconds)
+        Task(f"vision-{name}", f"python benchmarks/vision.py --data IMAGES --only '{glob}' --limit {{limit}}", seconds,
+             THIRD if name == "steps" else 1.0, turns=name == "steps")
         for name, glob, seconds in (("vit", "vit_*", 860), ("mixer", "mixer_*", 860), ("mnist", "mnist_*", 300),
                                     ("steps", "step-*", 1300))
     ),
-    Task("attention", "python benchmarks/attention.py --out results/attention-h200.json --limit {limit}", 400),
+    Task("attention", "python benchmarks/attention.py --out results/attention-h200.json --limit {limit}", 400, THIRD,
+         turns=True),
     Task("attention-quality", "python benchmarks/attention.py --out results/attention-h200.json --quality DATA "
          "--limit {limit}", 500, 0.5),
     *(
         Task(f"sparsify-{part}", f"python benchmarks/sparsify.py --parts {part} --out results/sparsify-h200.json "
-             "--limit {limit}", seconds, 0.5 if part == "quality" else 1.0)
+             "--limit {limit}", seconds, 0.5 if part == "quality" else THIRD, turns=part != "quality")
         for part, seconds in (("layers", 720), ("models", 900), ("quality", 900))
     ),
     Task("bert", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --limit {limit}", 1500),
@@ -174,6 +181,7 @@ def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Jo
         "TORCHINDUCTOR_CACHE_DIR": str(shared / "compiled" / "TORCHINDUCTOR"),
         "TRITON_CACHE_DIR": str(shared / "compiled" / "TRITON"), "STRUCTLIN_CACHE_DIR": str(shared / "choices"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
+        ALONE: str(shared.parent / f"gpu{gpu}.lock"),
     }  # fmt: skip
     with open(folder.with_suffix(".log"), "wb") as log:
         process = subprocess.Popen(
@@ -200,9 +208,12 @@ def ready(waiting: Sequence[Task], active: Sequence[Job], gpus: int, left: float
     free = [1.0 - sum(job.task.part for job in active if job.gpu == gpu) for gpu in range(gpus)]
     unfinished = {task.name for task in waiting} | {job.task.name for job in active}
     for task in waiting:
-        gpu = max(range(gpus), key=free.__getitem__)
-        if task.least <= left and not unfinished & set(task.after) and free[gpu] >= task.part - 1e-6:
-            yield task, gpu
+        fits = [
+            gpu for gpu in range(gpus)
+            if free[gpu] >= task.part - 1e-6 and {j.task.turns for j in active if j.gpu == gpu} <= {task.turns}
+        ]  # fmt: skip
+        if fits and task.least <= left and not unfinished & set(task.after):
+            yield task, max(fits, key=free.__getitem__)
             return
 
 

@@ -28,6 +28,7 @@ import torch
 
 from structlin import recipes
 from structlin.machine import provenance
+from structlin.once import alone
 from structlin.report import records
 from structlin.train.checkpoints import Progress
 from structlin.train.engine import Engine, accelerator_for
@@ -90,9 +91,10 @@ def measure(recipe: Recipe, vocabulary: int, tokens: np.ndarray[Any, Any], steps
     both.bare(max(2, steps // 4))
     built = time.perf_counter() - start
     bare, loop = [], []
-    for turn in range(TURNS):  # whoever comes second finds a warmer device, so they change places
-        for times, run in ((bare, both.bare), (loop, both.loop))[:: 1 - 2 * (turn % 2)]:
-            times.append(seconds(run, steps))
+    with alone():
+        for turn in range(TURNS):  # whoever comes second finds a warmer device, so they change places
+            for times, run in ((bare, both.bare), (loop, both.loop))[:: 1 - 2 * (turn % 2)]:
+                times.append(seconds(run, steps))
     size = recipe.batch * recipe.context
     spread = max(max(times) / min(times) for times in (bare, loop)) - 1
     return {

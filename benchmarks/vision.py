@@ -34,6 +34,7 @@ import torch
 from claims_vision import draw
 
 from structlin import recipes
+from structlin.once import alone
 from structlin.problems import train
 from structlin.problems.loop import Run as Steps
 from structlin.problems.vision import VisionRecipe
@@ -136,10 +137,11 @@ def timed(recipe: VisionRecipe, device: torch.device, command: str) -> Record:
     steps.resume(Path("no checkpoint"))
     steps.advance()
     ready, times = time.perf_counter() - begun, []
-    for _ in range(TURNS):
-        before = steps.state.seconds
-        steps.advance()
-        times.append((steps.state.seconds - before) / recipe.log_every)
+    with alone():
+        for _ in range(TURNS):
+            before = steps.state.seconds
+            steps.advance()
+            times.append((steps.state.seconds - before) / recipe.log_every)
     found = steps.record(command, {}, None)
     kept = ("swapped_params", "replaced_params", "model_params", "peak_memory_bytes")
     metrics = {name: found["metrics"][name] for name in kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_what_is_timed_has_a_gpu_for_itself(options: Namespace) -> None:
     found = made(options)
     assert found["shared-2"]["begun"] < found["shared-1"]["ended"]
     assert found["alone"]["begun"] > max(found["shared-1"]["ended"], found["shared-2"]["ended"])
+
+
+def test_what_times_in_turns_shares_a_gpu_with_its_kind_alone(options: Namespace) -> None:
+    options.gpus = 1
+    timed = [dataclasses.replace(task(name, 1, 0.33), turns=True) for name in ("timed-1", "timed-2")]
+    assert reproduce.work([timed[0], task("loss", 0.1, 0.33), timed[1]], options) == []
+    found = made(options)
+    assert found["timed-2"]["begun"] < found["timed-1"]["ended"]
+    assert found["loss"]["begun"] > max(found["timed-1"]["ended"], found["timed-2"]["ended"])
 
 
 def test_what_was_written_before_time_was_up_is_kept(options: Namespace) -> None:

@@ -1,8 +1,7 @@
-"""Files that several processes may want at once, made by one of them while the others wait."""
+"""What one of several processes does while the others wait: make a file that all want, or time something."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +28,38 @@ def making(path: Path) -> Iterator[bool]:
         lock.close()
 
 
+ALONE = "STRUCTLIN_TIMING_LOCK"
+_inside = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Be the only process in such a block of all those for which STRUCTLIN_TIMING_LOCK names the same file.
+
+    So processes that share a GPU can compile side by side and still time one after the other. Without the variable, and
+    in a block inside another one, nothing is waited for.
+    """
+    global _inside
+    path = os.environ.get(ALONE)
+    if path is None or _inside:
+        yield
+        return
+    import fcntl
+
+    with open(path, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _inside = True
+        try:
+            yield
+        finally:
+            _inside = False
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile holds it too
+
+
 def _held(path: Path) -> BinaryIO:
     """The file at ``path``, locked; one that its holder removed before it was ours is another file."""
+    import fcntl  # which some systems do not have
+
     while True:
         lock = open(path, "wb")  # noqa: SIM115, the lock ends when it is closed
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..once import alone
+
 CACHES = 3  # the inputs of a pass are this many times as large as the cache
 MIN_SETS, MAX_SETS = {"cuda": 4, "cpu": 2}, 64
 WARMUP = {"cuda": 3, "cpu": 1}  # passes before the first sample
@@ -84,17 +86,19 @@ def one_pass(step: Step, sets: int) -> Callable[[], Tensor]:
 def take_turns(clock: Clock, runs: Mapping[str, Callable[[], Any]], sets: int, repeats: int) -> dict[str, Times]:
     """Time every run in turns after a warm-up; seconds per call for runs of ``sets`` calls each.
 
-    Ends after ``repeats`` samples of each, or with `MIN_SAMPLES` or more when `BUDGET` is used up.
+    Ends after ``repeats`` samples of each, or with `MIN_SAMPLES` or more when `BUDGET` is used up. No process does so
+    beside another one with the same `structlin.once.ALONE`.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in list(runs.values()) * WARMUP[clock.device.type]:
-        run()
-    begin = time.perf_counter()
-    for index in range(repeats):
-        if index >= MIN_SAMPLES and time.perf_counter() - begin > BUDGET[clock.device.type]:
-            break
-        for name, run in runs.items():
-            samples[name].append(clock.seconds(run) / sets)
+    with alone():
+        for run in list(runs.values()) * WARMUP[clock.device.type]:
+            run()
+        begin = time.perf_counter()
+        for index in range(repeats):
+            if index >= MIN_SAMPLES and time.perf_counter() - begin > BUDGET[clock.device.type]:
+                break
+            for name, run in runs.items():
+                samples[name].append(clock.seconds(run) / sets)
     return {name: Times.of(taken) for name, taken in samples.items()}
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..once import alone
 from . import dense, joined
 from .chain import multiply
 from .lowering import Program, plan_of
@@ -77,7 +78,8 @@ def times(subject: Subject) -> Times:
         graph = _measured(operands, False, ahead, min)
         return {"eager": eager, "graph": graph}
 
-    return _apart(subject.device, body)
+    with alone():
+        return _apart(subject.device, body)
 
 
 def warm_up(subject: Subject, backend: str) -> None:
