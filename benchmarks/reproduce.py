@@ -113,6 +113,8 @@ TASKS: tuple[Task, ...] = (
              f"--only '{method}-*-s{seed}' --limit {{limit}}", 300, SIXTH)
         for seed in (0, 1, 2) for method in ("monarch_sense", "unet", "unet_on_sense")
     ),
+    Task("mri-picture", "python benchmarks/mri.py --data MRI --out results/mri-h200.json --only none --limit 0 "
+         "--picture results/mri-h200.png", 30, SIXTH, ("mri-monarch_sense-s0", "mri-unet-s0")),
     *(
         Task(f"vision-{name}", f"python benchmarks/vision.py --data IMAGES --only '{glob}' --limit {{limit}}", seconds,
              THIRD if name == "steps" else 1.0, turns=name == "steps")
@@ -192,12 +194,15 @@ def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Jo
 
 
 def collect(job: Job, out: Path) -> None:
-    """Merge what a task has added or made anew into the records."""
-    for path in (job.folder / "results").glob("*.json"):
+    """Merge what a task has added or made anew into the records, and copy its pictures beside them."""
+    for path in sorted((job.folder / "results").glob("*.*")):
         changed = path.stat().st_mtime
-        if job.seen.setdefault(path.name, 0.0) == changed:
+        if path.suffix not in (".json", ".png") or job.seen.setdefault(path.name, 0.0) == changed:
             continue
         job.seen[path.name] = changed
+        if path.suffix == ".png":
+            shutil.copy(path, out)
+            continue
         own, before = by_name(path), job.before.get(path.name, {})
         if fresh := {name: record for name, record in own.items() if record != before.get(name)}:
             records.write(out / path.name, list({**by_name(out / path.name), **fresh}.values()))

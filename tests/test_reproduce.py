@@ -35,6 +35,7 @@ write()
 time.sleep(seconds)
 config["ended"] = time.time()
 write()
+Path(f"results/{name}.png").write_bytes(name.encode())
 """
 
 
@@ -69,6 +70,7 @@ def test_records_of_tasks_side_by_side_come_together(options: Namespace) -> None
     assert {found["one"]["gpu"], found["two"]["gpu"]} == {"0", "1"}
     assert found["one"]["there"] == found["two"]["there"] == ["old"]
     assert found["three"]["there"] == ["old", "one", "two"]
+    assert (Path(options.out) / "two.png").read_text() == "two"
     assert found["three"]["begun"] > max(found["one"]["ended"], found["two"]["ended"])
 
 
