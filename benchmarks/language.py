@@ -13,7 +13,7 @@ a shared GPU's memory is full, is tried once more. Nothing starts that is not ex
 is not done by then is ended. Records are written to results/language-PLAN.json after every part, so the same command
 goes on with what is missing. Times in records are those of training steps; ``total_seconds`` has start, compilation,
 validation and writing too. With --share several runs are on a GPU at once, for losses alone: their records say so, and
-no plan takes a speed from them.
+no plan takes a speed from them. With --turns several are there too, but one trains while the others start and compile.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from structlin import recipes  # noqa: E402
+from structlin.once import ALONE  # noqa: E402
 from structlin.report import records as store  # noqa: E402
 from structlin.report.records import Record  # noqa: E402
 from structlin.train.settings import ELSEWHERE, option, override  # noqa: E402
@@ -84,9 +85,16 @@ class Job:
 class Place:
     """Where runs lie, what their data is, and how a job is started."""
 
-    def __init__(self, folder: Path, data: Path | None, beside: float | None = None, share: int = 1) -> None:
+    def __init__(
+        self, folder: Path, data: Path | None, beside: float | None = None, share: int = 1, turns: int = 1
+    ) -> None:
         self.folder, self.data, self.beside = folder, data, beside  # beside: the ``start`` of training jobs
-        self.share = share  # jobs on a GPU at once
+        self.share, self.turns = share, turns  # jobs on a GPU that train at once, or of which one does
+
+    @property
+    def crowd(self) -> int:
+        """Jobs on a GPU at once."""
+        return self.share * self.turns
 
     def file(self, kind: str, name: str) -> Path | None:
         assert self.data is not None
@@ -135,11 +143,14 @@ class Place:
         here = self.folder / job.run.name
         here.mkdir(parents=True, exist_ok=True)
         caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
-        threads = str(max(1, (os.cpu_count() or 1) // (gpus * self.share)))
+        threads = str(max(1, (os.cpu_count() or 1) // (gpus * self.crowd)))
         device = visible()[gpu] if visible() else str(gpu)
         env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": threads,
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"), "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+        env.pop(ALONE, None)
+        if self.turns > 1:
+            env[ALONE] = str(self.folder.resolve() / f"gpu{gpu}.lock")
         with open(here / f"{job.part.replace(':', '-')}.log", "wb") as log:
             return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
 
@@ -171,7 +182,7 @@ class Place:
         text = found["config"]["text"]
         config["text"] = {part: text[part] for part in ("train", "valid")} | {"tokenizer": text["tokenizer"]}
         config |= {"plan": plan, "recipe": run.recipe, "given": dict(run.fields), "parts": [job.part for job in done]}
-        config |= {"share": self.share}
+        config |= {"share": self.share} | ({"turns": self.turns} if self.turns > 1 else {})
         series = {name: thinned(values) for name, values in found.get("series", {}).items()}
         return {**found, "command": command, "config": config, "metrics": metrics, "series": series}
 
@@ -219,7 +230,7 @@ def work(
 ) -> list[Job]:
     """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
-    A device has ``place.share`` jobs at once, which `Job.among` expects to take longer.
+    A device has ``place.crowd`` jobs at once, which `Job.among` expects to take longer.
     ``report(job, seconds, waiting, running)`` is called after each that ended by itself, whatever came out, and returns
     the jobs that wait from then on.
     """  # fmt: skip
@@ -227,11 +238,11 @@ def work(
     active: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     try:
         while True:
-            for slot in sorted(set(range(gpus * place.share)) - active.keys()):
+            for slot in sorted(set(range(gpus * place.crowd)) - active.keys()):
                 busy = {job.run.name for job, _, _ in active.values() if job.part == "train"}
                 for job in waiting:
                     ready = job.part == "train" or (place.folder / job.run.name / "model").exists()
-                    if ready and job.run.name not in busy and time.monotonic() + job.among(place.share) <= limit:
+                    if ready and job.run.name not in busy and time.monotonic() + job.among(place.crowd) <= limit:
                         waiting.remove(job)
                         gpu = slot % gpus
                         active[slot] = job, place.start(job, gpu, gpus), time.monotonic()
@@ -269,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     begun = time.monotonic()
     out, folder, data = Path(options.out), Path(options.folder), options.data or os.environ.get("STRUCTLIN_DATA")
-    place = Place(folder, Path(data) if data else None, options.start, options.share)
+    place = Place(folder, Path(data) if data else None, options.start, options.share, options.turns)
     try:
         stages = [_stage(text) for text in options.plans]
         books = {plan: Book(out / f"language-{plan}.json") for plan, _ in stages}
@@ -293,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{len(prepared.train):,} tokens to train on, ready after {time.monotonic() - begun:.0f} s", flush=True)
     command = f"python benchmarks/language.py {' '.join(options.plans)} --gpus {options.gpus}"
-    command += f" --share {options.share}" if options.share > 1 else ""
+    for name, value in (("share", options.share), ("turns", options.turns)):
+        command += f" --{name} {value}" if value > 1 else ""
     repeated: set[Job] = set()
 
     def report(job: Job, seconds: float, waiting: list[Job], running: list[Job]) -> list[Job]:
@@ -422,7 +434,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--folder", default="runs/language", help="for runs, tokens and compiled code")
     add("--data", help="folder of texts; default: STRUCTLIN_DATA")
     add("--gpus", type=int, default=1, help="GPUs to use, a process on each")
-    add("--share", type=int, default=1, help="of them on a GPU at once, where no time is measured")
+    crowd = parser.add_mutually_exclusive_group()
+    crowd.add_argument("--share", type=int, default=1, help="runs on a GPU at once, where no time is measured")
+    crowd.add_argument("--turns", type=int, default=1, help="runs on a GPU at once, of which one trains")
     add("--limit", type=float, default=570.0, help="seconds after which nothing runs any more")
     add("--start", type=float, help="seconds that a run needs beside its steps; 35 where its code is compiled already")
     add("--dry-run", action="store_true", help="print what would run and how long it takes")

@@ -199,6 +199,18 @@ def test_a_stage_is_planned_when_the_one_before_has_run_and_failures_are_tried_a
     assert "0 jobs left" in out
 
 
+def test_only_runs_that_take_turns_wait_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTLIN_TIMING_LOCK", "another")
+    code = "import os; print(os.environ.get('STRUCTLIN_TIMING_LOCK'))"
+    monkeypatch.setattr(language.Place, "command", lambda self, job: [sys.executable, "-c", code])
+    job = language.Job(plans.run("tiny_gpt2", 1, name="one"), "train")
+    for share, turns, lock in ((3, 1, "None"), (1, 2, str(tmp_path / "gpu0.lock"))):
+        place = language.Place(tmp_path, None, share=share, turns=turns)
+        place.start(job, 0, 1).wait()
+        assert (tmp_path / "one" / "train.log").read_text().strip() == lock
+        assert place.crowd == max(share, turns)
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows))

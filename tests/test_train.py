@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,20 @@ def test_compiled_layers_are_measured_before_the_first_step(
         kinds = [] if compile == "none" else [f"{tiny.structure}@{shape}" for shape in ("32x64", "64x32")]
         assert sorted(engine.backends) == kinds
     assert asked == [(64, torch.float32)] * 2 + [(64, torch.bfloat16)] * 2
+
+
+def test_waiting_for_a_turn_is_no_time_of_training(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
+        time.sleep(3)
+        yield
+
+    monkeypatch.setattr(loop, "alone", alone)
+    begun = time.perf_counter()
+    record = run(tiny, tmp_path / "run")
+    assert (record["metrics"]["train_seconds"] or 9) < time.perf_counter() - begun - 3
 
 
 def test_weights_stay_where_they_were_when_a_gradient_is_not_finite(tiny: Recipe) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..machine import provenance
+from ..once import alone
 from ..report import records
 from ..report.records import Record
 from . import checkpoints, masked, model
@@ -74,12 +75,13 @@ def train(recipe: Recipe, folder: Path, command: str, say: Say = print) -> Recor
             return engine.rows(windows.batch(step, recipe.batch))
 
         engine.warm_up(fetch(progress.step))
-        monitor = Monitor(engine, progress, say)
         error = None
-        try:
-            _updates(engine, monitor, fetch, valid, folder if main else None)
-        except DivergedError as failure:
-            error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
+        with nullcontext() if accelerator.num_processes > 1 else alone():
+            monitor = Monitor(engine, progress, say)
+            try:
+                _updates(engine, monitor, fetch, valid, folder if main else None)
+            except DivergedError as failure:
+                error = f"{failure}: {_blame(engine, fetch, monitor.last + int(engine.healthy.item()))}"
         record = _record(recipe, tokens, engine, monitor, command, error)
         if main:
             _write(folder, record, engine, tokens)
