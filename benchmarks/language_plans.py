@@ -137,13 +137,10 @@ def dyad_models(stage: int, records: Records) -> list[Run]:
 def dyad_run(recipe: str, name: str, lr: float, tokens: int, seed: int = 0) -> Run:
     """A run of 10M tokens, or one of 85M with its evaluations."""
     spec = {"dense": "dense", **DYADS}[name]
-    more = {"warmup": 0.2} if recipe == "opt350m" else {}  # norms behind the residual sum need it
     if tokens == SMALL:
-        return run(recipe, round(tokens / STEP), spec, lr=lr, name=f"{recipe}-{name}-10M-lr{lr:g}", **more)
+        return run(recipe, round(tokens / STEP), spec, lr=lr, name=f"{recipe}-{name}-10M-lr{lr:g}")
     title = f"{recipe}-{name}-85M-lr{lr:g}-s{seed}"
-    return run(
-        recipe, math.ceil(tokens / STEP), spec, lr=lr, seed=seed, name=title, parts=("eval", *GLUE), **more
-    )  # fmt: skip
+    return run(recipe, math.ceil(tokens / STEP), spec, lr=lr, seed=seed, name=title, parts=("eval", *GLUE))
 
 
 def by_rate(records: Iterable[Record], title: str) -> list[list[Record]]:

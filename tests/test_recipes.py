@@ -188,6 +188,23 @@ def test_linears_in_place_of_conv1d_compute_the_same() -> None:
     assert torch.allclose(published(windows).logits, model.eval()(windows).logits, atol=1e-6)
 
 
+def test_norms_behind_the_residual_sum_leave_the_tokens_in_it() -> None:
+    sizes: dict[str, Any] = {"width": 64, "heads": 2, "mlp_width": 256, "embedding_width": 32, "context": 16}
+    recipe = dataclasses.replace(find("opt350m"), **sizes)
+    with_dyad = dataclasses.replace(recipe, structure="dyad:nblocks=4")
+    dense, structured = models.build(recipe, 500)[0], models.build(with_dyad, 500)[0]
+    for name, layer in structured.named_modules():
+        if isinstance(layer, StructuredLinear):
+            drawn = dense.get_submodule(name).weight
+            assert layer.matrix().norm().item() == pytest.approx(drawn.norm().item(), rel=1e-3), name
+    windows = torch.randint(500, (8, 16), generator=torch.Generator().manual_seed(0))
+    for model in (dense, structured):
+        states = model(windows, output_hidden_states=True).hidden_states
+        first, last = states[1].flatten(0, 1), states[-2].flatten(0, 1)
+        kept = nn.functional.cosine_similarity(first, last).mean().item()
+        assert kept > 0.9, f"of the first block's output {kept:.2f} is left at the end, 0.03 with usual branches"
+
+
 def test_groups_decay_matrices_only_and_scale_factors_and_embeddings() -> None:
     recipe = dataclasses.replace(find("tiny_opt"), structure="monarch:nblocks=4", embedding_lr=8.0)
     model, _ = models.build(recipe, 500)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..conversion import Conversion
 from ..models.flops import linear_flops
-from ..nn import Router, routing_loss
+from ..nn import Router, StructuredLinear, routing_loss
 from ..nn.pixelated import PixelatedAttention
 from ..optim import param_groups
 from ..spec import Spec
@@ -90,8 +90,48 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
     """
     torch.manual_seed(recipe.seed)
     model = dense(recipe, vocabulary)
+    sizes = calm_(model, recipe) if recipe.post_norm else {}
     conversion = to_structured_(model, _rules(recipe, model), init=recipe.init)
+    for swap in conversion:
+        if swap.name in sizes:
+            _rescale_(model.get_submodule(swap.name), sizes[swap.name])
     return model.to(device), conversion
+
+
+@torch.no_grad()
+def calm_(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Draw a decoder with norms behind the residual sum so that every block begins close to the identity.
+
+    Such a norm shrinks the residual stream to make room for what a block adds. With branches of the usual scale nothing
+    of the input is left after 24 blocks, and the frequencies of tokens are all that is learned. So the last layer of a
+    branch is over the root of twice the depth, as in OPT (Zhang et al. 2022, section 2.1), with 0.02 at a width of 1024
+    for the rest. What leads to and from narrow embeddings keeps their scale: the product of two small factors would
+    hardly leave zero.
+
+    Returns:
+        The Frobenius norm of each linear layer by name, which a structured one in its place is to have too.
+    """
+    sizes = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or layer.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+            continue
+        std = 0.02 * (1024 / recipe.width) ** 0.5
+        if name.endswith(("fc2", "out_proj")):
+            std /= (2 * recipe.depth) ** 0.5
+        elif "project_" in name:
+            std = layer.in_features**-0.5
+        layer.weight.normal_(0, std)
+        sizes[name] = float(layer.weight.norm())
+    return sizes
+
+
+@torch.no_grad()
+def _rescale_(layer: nn.Module, size: float) -> None:
+    """Give the matrix of a structured layer the Frobenius norm ``size``."""
+    if isinstance(layer, StructuredLinear):
+        ratio = size / float(layer.matrix().norm())
+        for name in {term.names[-1] for term in layer.plan.terms}:
+            layer.stored(name).mul_(ratio)
 
 
 def check(recipe: Recipe) -> None:
