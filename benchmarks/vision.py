@@ -2,14 +2,14 @@
 
     PYTHONPATH=src python benchmarks/vision.py --data DATA --limit 560
     PYTHONPATH=src python benchmarks/vision.py --only 'step-*' --limit 560
-    PYTHONPATH=src python benchmarks/vision.py --only 'mnist_mlp-*' --data DATA --device cpu
+    PYTHONPATH=src python benchmarks/vision.py --only '*mnist*' --data DATA --device cpu
     PYTHONPATH=src python benchmarks/vision.py --smoke --out /tmp/vision.json
 
 DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, and CIFAR-10 in its folder cifar10. Runs are those of
-``structlin train``: a ViT and an MLP-Mixer on CIFAR-10 and a perceptron on MNIST, each dense and in four structures or
-more, three seeds each, dense and Monarch first. Runs named step-* time whole steps of the models of Dao et al. 2022,
-table 3.1, on random images of 224 pixels. Nothing starts that is not expected to end within --limit; the file is
-written after every run, and the same command goes on with what is missing.
+``structlin train``: a ViT and an MLP-Mixer on CIFAR-10, small ones and a perceptron on MNIST, each dense and in four
+structures or more, three seeds each, dense and Monarch first. Runs named step-* time whole steps of the models
+of Dao et al. 2022, table 3.1, on random images of 224 pixels. Nothing starts that is not expected to end within
+--limit; the file is written after every run, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ STRUCTURES = {
 }  # fmt: skip
 OF_MNIST = {**STRUCTURES, "dyad4": "dyad:nblocks=4",
             "pixelfly": "pixelfly:block_size=32:butterfly_size=16:rank=32:pad=true"}  # fmt: skip
+OF_SMALL = {**{name: OF_MNIST[name] for name in ("dense", "monarch4", "dyad4", "dyad8")}, "btt2": "btt:rank=2",
+            "pixelfly": "pixelfly:block_size=16:butterfly_size=8:nfactors=1:rank=8"}  # fmt: skip
 SEEDS = 3
 SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1), None: (224, 224, 3)}
 EPOCH = {"cifar10": 45_000, "mnist": 54_000}  # images, without those held out
+EPOCHS = {"mnist_mlp": 10, "vit_mnist": 3, "mixer_mnist": 3}
 TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "vit_s16": {"model": "vit", "width": 768, "depth": 8, "heads": 8, "mlp_width": 2304},
     "vit_b16": {"model": "vit", "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
@@ -80,12 +83,13 @@ class Run:
 
 def plan(epochs: int) -> Iterator[Run]:
     """All runs on a GPU, the most wanted first."""
-    for labels in (("dense", "monarch4", "dyad4"), ("btt4", "dyad8", "pixelfly")):
+    for labels in (("dense", "monarch4", "dyad4"), ("btt4", "btt2", "dyad8", "pixelfly")):
         for recipe, data, known in (("vit_cifar10", "cifar10", STRUCTURES), ("mixer_cifar10", "cifar10", STRUCTURES),
-                                    ("mnist_mlp", "mnist", OF_MNIST)):  # fmt: skip
+                                    ("mnist_mlp", "mnist", OF_MNIST), ("vit_mnist", "mnist", OF_SMALL),
+                                    ("mixer_mnist", "mnist", OF_SMALL)):  # fmt: skip
             for label in (label for label in labels if label in known):
                 for seed in range(SEEDS):
-                    steps = epochs * EPOCH[data] // 512 if data == "cifar10" else 10 * EPOCH[data] // 256
+                    steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (512 if data == "cifar10" else 256)
                     given = {"structure": known[label], "seed": seed, "steps": steps, "checkpoint_every": steps}
                     start, step = (40, 0.011) if data == "cifar10" else (20, 0.002)
                     seconds = (start if seed == 0 else 8) + steps * step
@@ -212,7 +216,7 @@ def fields(run: Run, where: dict[str | None, Path], device: torch.device) -> Vis
         given["data"] = [str(where[run.data])]  # type: ignore[assignment]
     if device.type == "cpu":
         given |= {"compile": "none", "dtype": "float32"}
-    elif run.recipe == "mnist_mlp":
+    elif run.data == "mnist":
         given["compile"] = "default"
     recipe = override(recipes.find(run.recipe), given)
     assert isinstance(recipe, VisionRecipe)

@@ -438,14 +438,17 @@ claims = script("claims_vision")
 benchmark = script("vision")
 
 
-@pytest.mark.parametrize("recipe", ["mixer_cifar10", "mnist_mlp", pytest.param("vit_cifar10", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe",
+    ["mixer_cifar10", "mnist_mlp", "mixer_mnist", "vit_mnist", pytest.param("vit_cifar10", marks=pytest.mark.slow)],
+)
 def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(recipe: str) -> None:
-    if recipe == "vit_cifar10":
+    if recipe.startswith("vit"):
         pytest.importorskip("transformers")
     runs = list(benchmark.plan(40))
-    assert len({run.name for run in runs}) == len(runs) == 3 * (5 + 5 + 6) + 16
+    assert len({run.name for run in runs}) == len(runs) == 3 * (5 + 5 + 6 + 6 + 6) + 16
     with torch.device("meta"):
-        dense = models.build(find(recipe), (28, 28, 1) if recipe == "mnist_mlp" else (32, 32, 3), 10)
+        dense = models.build(find(recipe), (28, 28, 1) if "mnist" in recipe else (32, 32, 3), 10)
     for run in (run for run in runs if run.recipe == recipe and run.data and run.given["structure"] != "dense"):
         fields = override(find(recipe), {name: str(value) for name, value in run.given.items()})
         rules = dict.fromkeys(models.layers_of(dense)[fields.layers], sl.spec.parse(fields.structure))
