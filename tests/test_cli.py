@@ -79,7 +79,7 @@ BAD = [
     (["--steps", "many"], ["--steps:", "'many'", "whole numbers"]),
     (["--seed", "-1"], ["--seed:", "-1 is given", "0 to 2**63 - 1"]),
     (["--lr", "0"], ["--lr:", "0.0 is given", "positive"]),
-    (["--lr", "nan"], ["--lr:", "nan is given", "positive"]),
+    (["--lr", "nan"], ["--lr:", "'nan' is given", "numbers"]),
     (["--lr", "fast"], ["--lr:", "'fast'", "numbers"]),
     (["--device", "tpu"], ["--device:", "'tpu'", "cpu"]),
     (["--dtype", "float61"], ["--dtype:", "'float61'", "float32, bfloat16"]),
@@ -90,7 +90,7 @@ BAD = [
     (["--out", "{tmp}/short.txt"], ["--out:", "short.txt is not a folder"]),
     (["--out", "{tmp}/short.txt/below"], ["--out:", "short.txt is not a folder"]),
     (["--data"], ["--data:", "expected at least one argument"]),
-    (["--colour", "red"], ["unrecognized arguments: --colour red"]),
+    (["--colour", "red"], ["the argument --colour is unknown; allowed: those of structlin compare --help"]),
 ]
 
 

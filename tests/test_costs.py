@@ -189,12 +189,23 @@ def test_predict_checks_and_draws(capsys, tmp_path):
         (["dyad@64x64", "--plot", "a.png"], "--plot: is for --check"),
         (["dyad@64x64", "--against", "a.json"], "--against: is for --check"),
         (["dyad@64x64", "--tokens", "0"], "--tokens: 0 is given"),
+        (["dyad@64x64", "--tokens", "9" * 400], "allowed: whole numbers"),
+        (["dyad@64x64", "--gpus", "8"], "--gpus: is for decoders"),
+        (["dyad@7b", "--inference"], "--inference: is for layers"),
+        (["dyad@64x64", "--from", "empty.json"], "no record holds times of a layer"),
+        (["--check", "--from", "empty.json", "--plot", "a.txt"], "--plot: a.txt is given"),
         (["dyad@64x64", "--from", "absent.json"], "absent.json: No such file"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "says",
 )
-def test_predict_says_what_is_wrong(arguments, message, capsys):
-    assert cli.main(["predict", *arguments]) == 2
+def test_predict_says_what_is_wrong(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records.write("empty.json", [])
+    try:
+        status = cli.main(["predict", *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
     assert message in capsys.readouterr().err
 
 

@@ -141,7 +141,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
         (["monarch:nblocks=5", "64x64"], ["nblocks=5", "1, 2, 4, 8"]),
         (["dense", "64"], ["OUTxIN: '64'", "3072x768"]),
         (["dense", "64x0"], ["64x0", "widths start at 1"]),
-        (["dense", "64x64", "--tokens", "0"], ["tokens=0", "1 or more"]),
+        (["dense", "64x64", "--tokens", "0"], ["--tokens: 0", "1 or more"]),
         (["dense", "64x64", "--tokens", "many"], ["--tokens", "'many'", "whole numbers"]),
         (["dense", "64x64", "--dtype", "float61"], ["dtype='float61'", "float64, float32"]),
         (["dense", "64x64", "--png", "a.jpg"], ["--png", "a.jpg", ".png"]),

@@ -301,7 +301,7 @@ def test_bad_options_are_one_line_and_leave_nothing(
         (["tiny_gpt2", "--structure", "dyad:nblocks=7", "--data", prose], "nblocks=7"),
         (["tiny_gpt2", "--data", "gone"], "--data: gone does not exist"),
         (["tiny_gpt2", "--out", prose, "--data", prose], "--out: "),
-        (["tiny_gpt2", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["tiny_gpt2", "--colour", "red"], "the argument --colour is unknown; allowed: those of"),
         (["tiny_gpt2", "--data", prose, "--trackers", "trackio"], "--trackers: trackio is not installed; install with"),
     ):
         assert train(*options) == 2

@@ -4,9 +4,11 @@ that one does not pay, or fail, for another."""
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -46,6 +48,13 @@ class Parser(argparse.ArgumentParser):
         """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
+    def refuse(self, what: str, given: str, known: Iterable[str], allowed: str) -> NoReturn:
+        """`error` of something unknown, with the nearest of what is ``known``."""
+        names = {name.lstrip("-"): name for name in known}
+        near = difflib.get_close_matches(given.partition("=")[0].lstrip("-"), names, n=1)
+        hint = f"did you mean {names[near[0]]}? " if near else ""
+        self.error(f"{what} {given} is unknown; {hint}allowed: {allowed}")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default that of the process); returns the exit status.
@@ -53,16 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 1 a run that failed, 2 a bad option, 130 an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser = Parser(prog="structlin", description="Structured linear layers for PyTorch.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"structlin {__version__}")
     commands = parser.add_subparsers(dest="name", metavar="command", required=True)
+    if called is not None and called not in COMMANDS:
+        parser.refuse("the command", called, COMMANDS, ", ".join(COMMANDS))
+    parsers: dict[str | None, Parser] = {None: parser}
     for name, (module, help_text) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
-        if name == next((argument for argument in arguments if not argument.startswith("-")), None):
+        command = parsers[name] = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        if name == called:
             chosen = import_module(f".{module}", __package__)
             command.description = chosen.DESCRIPTION
             chosen.add_arguments(command)
             command.set_defaults(run=chosen.main)
-    options = parser.parse_args(arguments)
-    status: int = options.run(options, shlex.join(["structlin", *arguments]))
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        used = parsers[called]
+        used.refuse("the argument", unknown[0], used._option_string_actions, f"those of {used.prog} --help")
+    try:
+        status: int = options.run(options, shlex.join(["structlin", *arguments]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status

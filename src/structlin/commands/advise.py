@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import fail, lacks, whole
+from ..options import check_file, fail, lacks, reason, whole_from
 from ..report.records import write_bytes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..advise.options import Clock
 
 DESCRIPTION = (
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", nargs="+", default=["*"], metavar="GLOB", help="layers to consider; default: all linear layers")
     add("--candidates", nargs="+", metavar="SPEC", help="structures to try; default: a ladder of sizes of several")
     add("--calibrate", nargs="+", metavar="FILE", help="texts to run the model on")
-    add("--calibrate-tokens", type=whole, default=2048, metavar="N", help="of these texts; default: 2048")
+    add("--calibrate-tokens", type=whole_from(1), default=2048, metavar="N", help="of these texts; default: 2048")
     add("--score", metavar="projection|fisher|ntk", help="what is minimised: the share of each weight that is lost, "
         "the change of the model's outputs, or that of its tangent kernel; the last two need --calibrate; default: "
         "fisher with --calibrate, else projection")  # fmt: skip
@@ -39,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--costs", metavar="FILE.json", help="records of structlin bench of the device that the model is for; default: "
         "time layers on this machine, where a budget needs times")  # fmt: skip
     add("--device", metavar="cpu|cuda[:N]", help="where to time layers; default: cuda if there is a GPU, else cpu")
-    add("--tokens", type=whole, metavar="N", help="rows to time layers at; default: 16384 on a GPU, 256 on a CPU")
+    add(
+        "--tokens",
+        type=whole_from(1),
+        metavar="N",
+        help="rows to time layers at; default: 16384 on a GPU, 256 on a CPU",
+    )
     add("--training", action="store_true", help="time forward and backward; default: inference")
 
 
@@ -51,8 +59,10 @@ def main(options: argparse.Namespace, command: str) -> int:
         work(options)
     except ValueError as error:
         return fail(str(error), 2, "advise")
-    except (OSError, RuntimeError) as error:
-        return fail(f"{getattr(error, 'filename', None) or type(error).__name__}: {error}", 1, "advise")
+    except OSError as error:
+        return fail(reason(error), 1, "advise")
+    except RuntimeError as error:
+        return fail(f"{type(error).__name__}: {error}", 1, "advise")
     except KeyboardInterrupt:
         return fail("interrupted; nothing is written", 130, "advise")
     return 0
@@ -95,10 +105,10 @@ def work(options: argparse.Namespace) -> None:
         raise ValueError("--calibrate: is needed for --score fisher and ntk, and for --fit inputs")
     if options.policy == "pixelfly" and budget != "params":
         raise ValueError("--policy: pixelfly keeps to a budget of parameters; give --budget params=SHARE")
-    if not options.out.endswith(".json"):
-        raise ValueError(f"--out: {options.out} is given; allowed: a path that ends in .json")
+    check_file("--out", options.out, ".json")
     model, batches = load(Path(options.source), options.calibrate, options.calibrate_tokens)
     candidates: Any = options.candidates or CANDIDATES
+    check_candidates(model, options.layers, options.candidates or ())
     if options.policy == "pixelfly":
         candidates = pixelfly_candidates(model, share, options.layers)
     layers, kept = score(
@@ -109,6 +119,24 @@ def work(options: argparse.Namespace) -> None:
     write_bytes(options.out, advice.to_json().encode())
     print(advice)
     print(f"{options.out}: structlin convert {options.source} DST --rules {options.out}")
+
+
+def check_candidates(model: nn.Module, layers: list[str], candidates: Sequence[str]) -> None:
+    """See that each candidate is one for some layer.
+
+    Raises:
+        ValueError: for one that fits no layer, or has more weights and FLOPs than any that it fits.
+    """
+    from ..advise.options import options
+    from ..surgery import convertible
+
+    shapes = sorted(set(convertible(model, layers)[0].values())) if candidates else []
+    for text in candidates:
+        if all(len(options(shape, [text], None)) == 1 for shape in shapes):
+            sizes = ", ".join(f"{rows}x{columns}" for rows, columns in shapes)
+            raise ValueError(
+                f"--candidates: {text} is given; allowed: structures that fit one of {sizes}, and save there"
+            )
 
 
 def load(source: Path, files: list[str] | None, tokens: int) -> tuple[Any, list[dict[str, Any]]]:
@@ -139,8 +167,9 @@ def clock(options: argparse.Namespace) -> Clock:
 
     if options.costs:
         found = records.read(options.costs)
-        tokens = options.tokens or found[0]["config"]["tokens"]
-        return predicting(fit(measured(found)), tokens, options.training, found[0]["device"]["type"])
+        ceilings = fit(measured(found))
+        tokens = options.tokens or next(r["config"]["tokens"] for r in found if "tokens" in r["config"])
+        return predicting(ceilings, tokens, options.training, found[0]["device"]["type"])
     settings = configure(tokens=options.tokens, device=options.device)
     device = torch.device(settings.device)
     return measuring(device, DTYPES[DEFAULT_DTYPE[device.type]], settings.tokens, options.training)

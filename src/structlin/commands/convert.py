@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..options import whole
+from ..options import whole_from
 from ..spec import Spec, parse
 from .folders import add_folders, guarded, part_bytes, tell
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="project", metavar="project|init",
         help="project: nearest to the dense weights; init: drawn anew; default: project")  # fmt: skip
     add("--calibrate", nargs="+", metavar="FILE", help="texts: fit the layers to the inputs that they see on these")
-    add("--calibrate-tokens", type=whole, default=2048, metavar="N", help="of these texts; default: 2048")
-    add("--seed", type=whole, default=0, metavar="N", help="of weights that are drawn; default: 0")
+    add("--calibrate-tokens", type=whole_from(1), default=2048, metavar="N", help="of these texts; default: 2048")
+    add("--seed", type=whole_from(0), default=0, metavar="N", help="of weights that are drawn; default: 0")
     add("--dry-run", action="store_true", help="print the table, with the errors, and write nothing")
 
 
@@ -78,17 +78,31 @@ def read_rules(given: list[str]) -> dict[str, Spec | None]:
         for key, value in pairs:
             if key in rules:
                 raise ValueError(f"--rules: {key!r} is given twice")
+            if not isinstance(value, (str, dict, type(None))):
+                raise ValueError(
+                    f"--rules: {key!r}: {value!r} is given; allowed: a spec as text or as an object, or null"
+                )
             try:
-                rules[key] = parse(value) if isinstance(value, str) else value and Spec.from_dict(value)
-            except (ValueError, AttributeError) as error:
+                rules[key] = (
+                    parse(value) if isinstance(value, str) else None if value is None else Spec.from_dict(value)
+                )
+            except ValueError as error:
                 raise ValueError(f"--rules: {key!r}: {error}") from None
     return rules
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice))} is given twice")
+    return dict(pairs)
+
+
 def _read_json(path: Path) -> list[tuple[str, Any]]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        # pairs, so that a glob that is there twice is seen; a dict only holds the last
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--rules: {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--rules: {path} holds no JSON object of globs and specs")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..options import fail, lacks, whole
+from ..options import fail, lacks, reason, whole_from
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +14,11 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder that save_pretrained wrote, with safetensors")
     parser.add_argument("target", metavar="DST", help="folder to make; one that exists is never overwritten")
     about = "MB of SRC that go into one file of DST; about twice that is held in memory; default: 1024"
-    parser.add_argument("--part-mb", type=whole, default=1024, metavar="N", help=about)
+    parser.add_argument("--part-mb", type=whole_from(1), default=1024, metavar="N", help=about)
 
 
 def part_bytes(options: argparse.Namespace) -> int:
-    """Bytes of a part, checked."""
-    if options.part_mb < 1:
-        raise ValueError(f"--part-mb: {options.part_mb} is given; allowed: 1 or more")
+    """Bytes of a part."""
     return int(options.part_mb) << 20
 
 
@@ -38,8 +36,7 @@ def guarded(name: str, command: str, work: Any) -> int:
     except ValueError as error:
         return fail(str(error), 2, name)
     except OSError as error:
-        what = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
-        return fail(f"{what}; finished parts are kept, and the same command goes on from there", 1, name)
+        return fail(f"{reason(error)}; finished parts are kept, and the same command goes on from there", 1, name)
     except KeyboardInterrupt:
         return fail(f"interrupted; finished parts are kept, to go on: {command}", 130, name)
     return 0

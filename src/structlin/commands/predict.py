@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..options import fail, lacks, whole
+from ..options import check_file, fail, lacks, reason, whole_from
 
 if TYPE_CHECKING:
     from ..costs import Ceilings
@@ -22,17 +22,20 @@ DESCRIPTION = (
 )
 
 
+CONTEXT = 4096  # of a decoder's sequences, unless given
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``structlin predict``."""
     add = parser.add_argument
     add("what", nargs="*", metavar="SPEC@OUTxIN|SPEC@7b", help="as in monarch:nblocks=16@4096x4096 or btt:rank=2@70b")
     add("--from", dest="source", metavar="FILE.json", help="records of structlin bench on the device, as of "
         "structlin bench --preset ceilings --backends bmm,triton; default: an H200 in half precision")  # fmt: skip
-    add("--tokens", type=whole, default=16384, metavar="N", help="rows of the input; default: 16384")
+    add("--tokens", type=whole_from(1), default=16384, metavar="N", help="rows of the input; default: 16384")
     add("--inference", action="store_true", help="the forward pass of layers alone; default: forward and backward")
-    add("--context", type=whole, default=4096, metavar="N", help="of a decoder's sequences; default: 4096")
-    add("--gpus", type=whole, default=1, metavar="N", help="that train a decoder; default: 1")
-    add("--tensor", type=whole, default=1, metavar="N", help="of these, how many share each layer; default: 1")
+    add("--context", type=whole_from(1), metavar="N", help=f"of a decoder's sequences; default: {CONTEXT}")
+    add("--gpus", type=whole_from(1), metavar="N", help="that train a decoder; default: 1")
+    add("--tensor", type=whole_from(1), metavar="N", help="of these, how many share each layer; default: 1")
     add("--check", action="store_true", help="print errors of predictions for what the calibration did not see")
     add("--against", metavar="FILE.json", help="with --check: other records of the device, to be predicted too")
     add("--plot", metavar="FILE.png", help="with --check: the picture of it")
@@ -48,26 +51,34 @@ def main(options: argparse.Namespace, command: str) -> int:
         return fail(missing, 1, "predict")
     try:
         _checked(options)
-        found = records.read(options.source) if options.source else []
         if options.check:
-            check(found, records.read(options.against) if options.against else [], options.plot)
+            others = records.read(options.against) if options.against else None
+            check(records.read(options.source), others, options.plot)
             return 0
-        from ..advise.ceilings import fit, measured
+        ceilings, device = HOPPER[2], "cuda"
+        if options.source:
+            from ..advise.ceilings import fit, measured
 
-        ceilings = fit(measured(found)) if found else HOPPER[2]
-        device = found[0]["device"]["type"] if found else "cuda"
+            found = records.read(options.source)
+            ceilings, device = fit(measured(found)), found[0]["device"]["type"]
         print(table(options, ceilings, device))
     except ValueError as error:
         return fail(str(error), 2, "predict")
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}", 2, "predict")
+        return fail(reason(error), 2, "predict")
     return 0
 
 
 def _checked(options: argparse.Namespace) -> None:
-    for name in ("tokens", "context", "gpus", "tensor"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: {getattr(options, name)} is given; allowed: 1 or more")
+    from ..advise.paper import DECODERS
+
+    decoders = [text.rpartition("@")[2] in DECODERS for text in options.what]
+    for name in ("context", "gpus", "tensor"):
+        if getattr(options, name) is not None and not any(decoders):
+            raise ValueError(f"--{name}: is for decoders, as in monarch:nblocks=16@7b")
+    if options.inference and any(decoders):
+        raise ValueError("--inference: is for layers; decoders are predicted in training")
+    check_file("--plot", options.plot, ".png")
     if options.check and not options.source:
         raise ValueError("--check: needs --from FILE.json, records to check against")
     for name in ("plot", "against"):
@@ -117,8 +128,13 @@ def _decoder(
     from ..advise.paper import DECODERS, step
     from ..spec import parse
 
-    lines = [f"{text}, {options.gpus} GPUs in groups of {options.tensor}, {options.tokens} tokens a group, on paper:"]
-    cluster = {"tokens": options.tokens, "context": options.context, "gpus": options.gpus, "tensor": options.tensor}
+    cluster = {
+        "tokens": options.tokens,
+        "context": options.context or CONTEXT,
+        "gpus": options.gpus or 1,
+        "tensor": options.tensor or 1,
+    }
+    lines = ["{}, {gpus} GPUs in groups of {tensor}, {tokens} tokens a group, on paper:".format(text, **cluster)]
     for name, chosen in (("dense", None), (spec, parse(spec))):
         found = step(DECODERS[size], chosen, ceilings, **cluster)
         parts = ("linears", "rest", "communication", "optimizer")
@@ -130,7 +146,7 @@ def _decoder(
     return lines
 
 
-def check(found: Sequence[Record], others: Sequence[Record], plot: str | None) -> None:
+def check(found: Sequence[Record], others: Sequence[Record] | None, plot: str | None) -> None:
     """Print the errors of predictions for layers that were held out of a fit to ``found``, and for all of ``others``;
     draw them into the file ``plot``."""
     from ..advise.ceilings import fit, held_out, measured, unseen
@@ -138,7 +154,7 @@ def check(found: Sequence[Record], others: Sequence[Record], plot: str | None) -
 
     layers = measured(found)
     checks = {f"held out by {by}": held_out(layers, by) for by in ("structure", "shape")}
-    if others:
+    if others is not None:
         checks["other records"] = unseen(others, fit(layers))
     for how, held in checks.items():
         errors = sorted(one.error for one in held)

@@ -81,9 +81,10 @@ def _search(options: argparse.Namespace, command: str, folder: Path) -> None:
     from ..report.search import write_search
     from ..search.config import configure
     from ..search.runners import InProcess, OnRay
-    from ..search.study import Study, open_storage
+    from ..search.study import SearchError, Study, open_storage
+    from ..train.compare import CONFIG
     from ..train.config import OptionError
-    from ..train.folder import check_writable, locked
+    from ..train.folder import RUN, check_writable, locked
 
     names = ("task", "preset", "space", "sampler", "minimise", "equal", "grow", "budget", "trials", "halving", "seed",
              "steps", "lr", "device", "share")  # fmt: skip
@@ -91,6 +92,8 @@ def _search(options: argparse.Namespace, command: str, folder: Path) -> None:
     if options.ray and config.equal == "seconds" and config.device == "cpu":
         raise OptionError("--ray", "trials that share a CPU disturb each other's clock; allowed at equal seconds: GPUs")
     check_writable(folder)
+    if any((folder / name).exists() for name in (RUN, CONFIG)):
+        raise OptionError("--out", f"{folder} holds a run of structlin train or compare; choose another folder")
     config.load()
     with locked(folder):
         study = Study(config, open_storage(folder, options.storage), folder.name, command)
@@ -102,6 +105,8 @@ def _search(options: argparse.Namespace, command: str, folder: Path) -> None:
 
         results = study.run(runner, lambda line: print(line, file=sys.stderr, flush=True), write)
         write()
+        if len(results) > 1 and all(record["status"] != "ok" for record in results[1:]):
+            raise SearchError(f"every trial failed, as {results[1]['name']}: {results[1]['error']}")
     if options.json:
         print((folder / "results.json").read_text(encoding="utf-8"), end="")
     else:

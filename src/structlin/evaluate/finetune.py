@@ -10,6 +10,7 @@ an encoder (BERT) reads are the fields of the task as one text or a pair, with t
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from ..optim import param_groups
 from ..report.records import Record
 from . import files, tasks
 from .loading import check_vocabulary, is_encoder, load_model, load_tokenizer
-from .metrics import measure
+from .metrics import check_finite, measure
 from .run import structures
 from .score import context_of
 from .tokens import Encoder, encoder
@@ -50,10 +51,26 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("steps", 1), ("batch", 1), ("warmup_steps", 0)):
+        for name, least in (("steps", 1), ("batch", 1), ("warmup_steps", 0), ("weight_decay", 0), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name}={value} is given; allowed: {least} and more")
+        for name in ("lr", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is given; allowed: above 0")
+
+    def updates(self, examples: int) -> int:
+        """How many steps a run over so many examples has.
+
+        Raises:
+            ValueError: where the rate would still rise at their end.
+        """
+        steps = self.steps or math.ceil(self.epochs * math.ceil(examples / self.batch))
+        if self.warmup_steps >= steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps:g} is given; allowed: below the {steps} steps of the run"
+            )
+        return steps
 
 
 def classifier(pretrained: nn.Module, labels: int, pad: int) -> nn.Module:
@@ -109,6 +126,7 @@ def finetune(
 
     Raises:
         ValueError: for data, a model, a tokenizer or options that do not fit.
+        ArithmeticError: where the trained model gives numbers that are not finite; nothing is saved then.
     """
     tuning = tuning or Tuning()
     _refuse(device, save)
@@ -121,15 +139,14 @@ def finetune(
     torch.manual_seed(tuning.seed)
     pretrained = load_model(folder, device, body=both_ways)
     check_vocabulary(pretrained, tokenizer)
-    words = list(task.words)
     inputs, cut = _inputs(task, rows, tokenizer, encode, context_of(pretrained))
     parts = {part: _labelled(task, rows[part], inputs[part]) for part in tasks.PARTS}
     pad = tokenizer.pad_token_id if encode is None else encode.prefix
-    model = classifier(pretrained, max(1, len(words)), pad).to(device)
+    model = classifier(pretrained, max(1, len(task.words)), pad).to(device)
     outputs, seconds = _train(model, parts, tuning, pad, device)
     if save is not None:
         _save(model, tokenizer, save)
-    predicted = outputs.argmax(1) if words else outputs[:, 0]
+    predicted = outputs.argmax(1) if task.words else outputs[:, 0]
     metrics = measure(task.metrics, predicted, torch.tensor([row["label"] for row in parts["dev"]]))
     prefix = None if encode is None else tokenizer.convert_ids_to_tokens(encode.prefix)
     config = {"model": str(folder), "prefix": prefix, **asdict(tuning)}
@@ -145,6 +162,8 @@ def _refuse(device: str, save: Path | None) -> None:
         raise ValueError(f"device={device!r} is given; allowed: cpu, or cuda where there is a GPU")
     if save is not None and save.exists():
         raise ValueError(f"{save} exists, and nothing is overwritten; give another folder")
+    if save is not None and not next(above for above in save.absolute().parents if above.exists()).is_dir():
+        raise ValueError(f"{save} is given, below a file; allowed: a new folder")
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -205,9 +224,11 @@ def _labelled(task: tasks.Task, rows: Sequence[dict[str, Any]], inputs: Sequence
 def _train(
     model: nn.Module, parts: dict[str, list[Example]], tuning: Tuning, pad: int, device: str
 ) -> tuple[Tensor, float]:
-    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``, and the seconds of
+    """Train on "train"; the outputs for "dev", float32 ``[examples, labels]``, all finite, and the seconds of
     training."""
     import transformers
+
+    tuning.updates(len(parts["train"]))
 
     def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         length = max(len(example["input_ids"]) for example in examples)
@@ -243,4 +264,6 @@ def _train(
         trainer.train()
         seconds = time.perf_counter() - begin
         dev: Any = parts["dev"]  # a list serves as a map-style dataset
-        return torch.as_tensor(trainer.predict(dev).predictions).float(), seconds
+        outputs = torch.as_tensor(trainer.predict(dev).predictions).float()
+    check_finite(outputs)
+    return outputs, seconds

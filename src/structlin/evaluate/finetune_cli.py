@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..options import fail, lacks, whole
+from ..options import check_file, fail, lacks, number, reason, whole
 from ..report import records as store
 
 DESCRIPTION = (
@@ -26,13 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="DIR", help="folder of TASK.jsonl, or of TASK/train.jsonl and TASK/dev.jsonl")
     add("--tokenizer", metavar="PATH", help="tokenizer.json or a folder with one; default: that of MODEL_DIR")
     add("--bos", metavar="TOKEN", help="token before every text; default: the tokenizer's bos, else its eos token")
-    add("--lr", type=float, default=5e-5, metavar="X", help="learning rate of a dense layer; default: 5e-5")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="default: 0.01")
-    add("--epochs", type=float, default=3.0, metavar="X", help="default: 3")
+    add("--lr", type=number, default=5e-5, metavar="X", help="learning rate of a dense layer; default: 5e-5")
+    add("--weight-decay", type=number, default=0.01, metavar="X", help="default: 0.01")
+    add("--epochs", type=number, default=3.0, metavar="X", help="default: 3")
     add("--steps", type=whole, metavar="N", help="so many steps instead of epochs")
     add("--batch", type=whole, default=32, metavar="N", help="examples of a step; default: 32")
     add(
-        "--warmup-steps", type=float, default=0.0, metavar="X", help="over which the rate rises, or a share; default: 0"
+        "--warmup-steps",
+        type=number,
+        default=0.0,
+        metavar="X",
+        help="over which the rate rises, or a share; default: 0",
     )
     add("--seed", type=whole, default=0, metavar="N", help="of the head and the order of examples; default: 0")
     add("--device", metavar="cpu|cuda", help="default: cuda if there is a GPU, else cpu")
@@ -48,8 +52,7 @@ def main(options: argparse.Namespace, command: str) -> int:
     from .finetune import Tuning, finetune
 
     try:
-        if options.out and not Path(options.out).parent.is_dir():
-            raise ValueError(f"--out: {options.out} is given; allowed: a file in a folder that exists")
+        check_file("--out", options.out)
         names = ("lr", "weight_decay", "epochs", "steps", "batch", "warmup_steps", "seed")
         tuning = Tuning(**{name: getattr(options, name) for name in names})
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +65,9 @@ def main(options: argparse.Namespace, command: str) -> int:
     except ValueError as error:
         return fail(str(error), 2, "finetune")
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror or error}", 1, "finetune")
+        return fail(reason(error), 1, "finetune")
+    except ArithmeticError as error:
+        return fail(f"{error}; nothing is written", 1, "finetune")
     except KeyboardInterrupt:
         return fail("interrupted; nothing is written", 130, "finetune")
     print("\n".join(show.lines([record])))

@@ -62,8 +62,19 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 """By name; each takes predictions and labels ``[examples]``, int64 classes or, for the last two, numbers."""
 
 
+def check_finite(predicted: Tensor) -> None:
+    """Raise an ArithmeticError where what a model said holds numbers that are not finite."""
+    if wrong := int((~predicted.isfinite()).sum()):
+        raise ArithmeticError(f"{wrong} of {predicted.numel()} outputs of the model are not finite")
+
+
 def measure(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Each metric in ``names``, and under ``NAME_stderr`` its standard error; null for fewer than three examples."""
+    """Each metric in ``names``, and under ``NAME_stderr`` its standard error; null for fewer than three examples.
+
+    Raises:
+        ArithmeticError: for predictions that are not finite.
+    """
+    check_finite(predicted)
     found: dict[str, float | None] = {}
     for name in names:
         found[name] = METRICS[name](predicted, labels)

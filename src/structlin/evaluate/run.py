@@ -114,7 +114,7 @@ def structures(model: nn.Module) -> dict[str, int]:
 def _jobs(settings: Settings, model: nn.Module, encode: Encoder) -> list[Job]:
     """Every evaluation, with its data read."""
     limit, size = context_of(model), settings.batch_tokens
-    context = settings.context or limit
+    context = limit if settings.context is None else settings.context
     if context is None or context < 1 or (limit is not None and context > limit):
         allowed = "1 and more" if limit is None else f"1 to {limit}"
         raise ValueError(f"--context: {settings.context} is given; allowed: {allowed}")
@@ -122,7 +122,7 @@ def _jobs(settings: Settings, model: nn.Module, encode: Encoder) -> list[Job]:
     for task, path in settings.data.items():
         if task == "loss":
             documents = loss.read_documents(path)
-            stride = settings.stride or context
+            stride = context if settings.stride is None else settings.stride
             config = {"context": context, "stride": stride, "data": files.source([path])}
             jobs.append(Job(task, config, partial(loss.text_loss, model, encode, documents, context, stride, size)))
         elif task == "blimp":
@@ -142,7 +142,10 @@ def _similarity(settings: Settings, model: nn.Module, tokenizer: Any) -> list[Jo
 
 def _kshot(settings: Settings, folder: Path, model: nn.Module, encode: Encoder, context: int) -> list[Job]:
     jobs = []
-    for name in settings.kshot_tasks or tasks.present(folder):
+    names = settings.kshot_tasks or tasks.present(folder)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--kshot-tasks: {', '.join(twice)} is given twice; allowed: each once")
+    for name in names:
         task = tasks.task_named(name)
         if not task.words:
             raise ValueError(

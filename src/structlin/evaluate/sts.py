@@ -51,7 +51,7 @@ def embed(
         what: name of the work on the terminal, where progress is shown.
     """
     device = next(model.parameters()).device
-    size = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    size = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"]) if batch_tokens is None else batch_tokens
     limit = context_of(model)
     encoded = tokenizer(list(sentences), truncation=limit is not None, max_length=limit)["input_ids"]
     inputs: dict[tuple[int, ...], list[int]] = {}

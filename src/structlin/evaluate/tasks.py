@@ -6,6 +6,7 @@ those of GLUE (Wang et al. 2018) and others in its form; the metrics are the one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,11 @@ def _check_label(path: Path, task: Task, label: Any) -> None:
         raise ValueError(f"{path}: label is {label!r}; allowed: {', '.join(task.words)}")
     if not task.words:
         try:
-            float(label)
+            value = float(label)
         except (TypeError, ValueError):
-            raise ValueError(f"{path}: label is {label!r}; allowed: numbers") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: label is {label!r}; allowed: numbers")
 
 
 def _files(folder: Path, name: str) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_origin
 
-from ..options import fail, lacks
+from ..options import fail, lacks, reason
 from ..problems import ProblemRecipe
 from ..report.records import Record
 from ..train.config import OptionError
@@ -53,6 +53,7 @@ def main(options: argparse.Namespace, command: str) -> int:
     if options.list:
         print(table())
         return 0
+    folder = Path(options.out or f"runs/train-{options.recipe}")
     try:
         if options.recipe is None:
             raise OptionError("RECIPE", f"is not given; allowed: {', '.join(RECIPES)}")
@@ -65,8 +66,8 @@ def main(options: argparse.Namespace, command: str) -> int:
     except OptionError as error:
         return fail(str(error), 2, "train")
     except OSError as error:
-        what = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
-        return fail(f"{what}; the last checkpoint is kept, and the same command goes on from it", 1, "train")
+        kept = "; the last checkpoint is kept, and the same command goes on from it" if has_checkpoint(folder) else ""
+        return fail(f"{reason(error)}{kept}", 1, "train")
     except KeyboardInterrupt:
         return fail(f"interrupted; to go on from the last checkpoint: {command}", 130, "train")
     if not first_process(recipe):
@@ -76,6 +77,11 @@ def main(options: argparse.Namespace, command: str) -> int:
     else:
         print(summary(record, folder))
     return 0 if record["status"] == "ok" else 1
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run left something in ``folder`` to go on from."""
+    return (folder / "checkpoint.safetensors").exists() or any(folder.glob("checkpoints/*"))
 
 
 def run(recipe: Settings, folder: Path, command: str) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,14 @@ def configure(
         OptionError: naming the option, what was given and what is allowed.
     """
     sizes = PRESETS[among("--preset", preset, PRESETS)][among("--task", task, TASKS)]
-    found = parse_space(space or SPACES[preset])
+    space = SPACES[preset] if space is None else space
+    found = parse_space(space)
     grid = len(found.grid())
     config = Config(
         task=task,
         preset=preset,
         data=tuple(str(Path(path).absolute()) if Path(path).exists() else path for path in data),
-        space=space or SPACES[preset],
+        space=space,
         sampler=among("--sampler", sampler, SAMPLERS),
         minimise=tuple(among("--minimise", name, METRICS) for name in minimise.split(",")),
         equal=among("--equal", equal, EQUAL),
@@ -161,6 +163,8 @@ def _check(config: Config, space: Space, grid: int) -> None:
         raise OptionError("--grow", "steps leaves parameters as they are; equal parameters need --grow width")
     if config.device == "cpu" and config.share != int(config.share):
         raise OptionError("--share", f"{config.share} is given; allowed on a CPU: whole numbers of threads")
+    if config.device == "cpu" and config.share > (cores := os.cpu_count() or 1):
+        raise OptionError("--share", f"{config.share:g} threads are given; allowed: up to {cores}, the cores there are")
     if config.equal == "seconds" and config.share < 1:
         raise OptionError("--share", "several trials on a GPU disturb each other's clock; give 1 or more")
 

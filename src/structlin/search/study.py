@@ -188,7 +188,10 @@ class Study:
         """The dense model, at the task's width and steps or, where a budget is given, at what that pays."""
         config = self.config
         equal = "flops" if config.equal == "seconds" and config.budget is None else config.equal
-        size = fit(self.task, "dense", equal, config.grow, config.budget)
+        try:
+            size = fit(self.task, "dense", equal, config.grow, config.budget)
+        except ValueError as error:
+            raise OptionError("--budget", f"{config.budget:g} is given; {error}") from None
         self._begin(runner, Running(self._job(DENSE, "dense", size, config.budget or 0), size, None, 1))
 
     def _start(self, runner: Runner, say: Say) -> bool:

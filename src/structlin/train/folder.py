@@ -61,13 +61,16 @@ def claim(folder: Path, run: dict[str, Any]) -> None:
         OptionError: where it holds another run, or one on other data.
     """
     now = {"format": FORMAT, **run}
+    if (folder / MODEL).exists() and not (folder / MODEL).is_dir():
+        raise OptionError("--out", f"{folder / MODEL} is a file, and the model goes there; choose another folder")
     try:
         before = json.loads((folder / RUN).read_bytes())
     except FileNotFoundError:
         before = now
     except ValueError:
         before = {}
-    if before.get("format") != FORMAT:
+    known = isinstance(before, dict) and all(isinstance(before.get(name), dict) for name in ("recipe", "data"))
+    if not known or before.get("format") != FORMAT:
         raise OptionError("--out", f"{folder / RUN} is not of a run of this version; choose another folder")
     changed = [
         f"{name} ({before['recipe'].get(name)!r} there, {value!r} here)"
@@ -89,12 +92,14 @@ def finished(path: Path) -> Record | None:
         OptionError: for a damaged file.
     """
     try:
-        (record,) = records.read(path)
+        found = records.read(path)
+        if len(found) != 1:
+            raise ValueError(f"{path}: holds {len(found)} records, and that of a run is one")
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise OptionError("--out", f"{error}; remove that file or choose another folder") from None
-    return record if record["status"] == "ok" else None
+    return found[0] if found[0]["status"] == "ok" else None
 
 
 def _hashes(data: Any) -> list[str]:

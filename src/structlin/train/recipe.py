@@ -90,6 +90,13 @@ class Recipe(Settings):
         yield from self._attention_problems()
         if self.method != "scratch" and self.structure == "dense":
             yield "--method", f"{self.method} needs a structure; give --structure, as dyad:nblocks=4"
+        for name, method in (
+            ("switch", "sparsify_reverse"),
+            ("moments", "sparsify_reverse"),
+            ("guided", "self_guided"),
+        ):
+            if self.method != method and getattr(self, name) != getattr(Recipe, name):
+                yield option(name), f"is for --method {method}; the method is {self.method}"
         if unknown := set(self.trackers) - {"tensorboard", "trackio", "wandb"}:
             yield "--trackers", f"{', '.join(sorted(unknown))} is unknown; allowed: tensorboard, trackio, wandb"
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..nn.init import check as check_init
 from ..spec import Spec, parse
 from ..surgery import to_structured_
 from .config import OptionError
@@ -25,6 +26,10 @@ def check(model: nn.Module, rules: Mapping[str, Spec | None], init: str) -> None
     Raises:
         OptionError: for a structure that does not fit, or layers that are not there.
     """
+    try:
+        check_init(init)
+    except ValueError as error:
+        raise OptionError("--init", str(error)) from None
     try:
         to_structured_(model, rules, init=init, dry_run=True)
     except ValueError as error:
