@@ -123,7 +123,7 @@ def dyad(stage: int, records: Records) -> list[Run]:
 def dyad_models(stage: int, records: Records) -> list[Run]:
     """The other models of DYAD's paper: a sweep of dense, all variants at its best rate, 10M tokens, and the main
     variant beside dense at 85M tokens with their evaluations."""
-    sweeps = {"opt350m": (5e-4, 2e-4, 1e-4), "pythia160m": (5e-4, 1e-3, 2e-3)}
+    sweeps = {"opt350m": (2e-4, 1e-4, 5e-5), "pythia160m": (5e-4, 1e-3, 2e-3)}
     if stage == 1:
         return [dyad_run(recipe, "dense", lr, SMALL) for recipe, rates in sweeps.items() for lr in rates]
     lrs = {
@@ -206,23 +206,54 @@ def methods(stage: int, records: Records) -> list[Run]:
     return plan
 
 
-def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
-    """Wall-clock to dense's final loss, GPT-2 blocks.
+@dataclass(frozen=True)
+class Race:
+    """How the time to dense's loss is looked for, GPT-2 of ``depth`` blocks of ``width``.
+
+    Learning rates of the sweep are ``sweep`` times 1.536 over the width; full budgets take ``dense`` and ``other``
+    times the best of it, for dense and for contenders. Contenders get the share ``first`` of dense's time, those that
+    reached its loss in it ``shorter`` ones then, the rest ``longer`` ones; those that become dense get ``reverse``.
+    """
+
+    width: int
+    depth: int
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    sweep: tuple[float, ...] = (1.0, 0.5, 2.0)
+    dense: tuple[float, ...] = (1.0, 0.7, 0.5)
+    other: tuple[float, ...] = (1.0, 0.5)
+    first: float = 0.5
+    shorter: tuple[float, ...] = (0.35, 0.42)
+    longer: tuple[float, ...] = (0.65, 0.58)
+    reverse: tuple[float, ...] = (0.65, 0.58)
+
+
+FASTEST = ("dyad8-all", "monarch8-all")
+RACES = {
+    768: Race(768, 12, FASTEST, (0.5, 1.0, 0.25), (1.0, 1.5, 2.0), (1.0, 1.5), 0.8, (0.65,), (1.0,), (0.8,)),
+    1024: Race(1024, 12, FASTEST, (0.5, 1.0, 0.25), (1.0, 1.5, 2.0), (1.0, 1.5), 0.65, (0.5,), (0.8,), (0.65,)),
+    2048: Race(2048, 4),
+}
+"""The narrower a model the less a structure saves, so its shares are larger. Short sweeps favour low rates."""
+
+
+def time_to_loss(race: Race) -> Callable[[int, Records], list[Run]]:
+    """Wall-clock to dense's final loss.
 
     1. A sweep: dense and each contender over 20M tokens at three learning rates.
-    2. Dense for 180 seconds, or for 100M tokens where that is longer, at its best rate of the sweep, 0.7 and 0.5 of it;
-       each contender for half of that time, at its best rate of the sweep and half of it.
-    3. Each contender at its best rate for a shorter time if it had reached dense's loss (0.35 and 0.42 of dense's), and
-       for a longer one if not (0.65 and 0.58); and the two fastest for 0.65 and 0.58 of it, becoming dense for the last
-       fifth of their steps (reverse sparsification).
+    2. Dense for 180 seconds, or for 100M tokens where that is longer, and each contender for the first share of that
+       time, at rates around its best of the sweep.
+    3. Each contender at its best rate for a shorter time if it had reached dense's loss, and for a longer one if not;
+       and the two fastest becoming dense for the last fifth of their steps (reverse sparsification).
     4. Two more seeds of dense and of the two contenders that got there in the least time or came nearest.
 
     A budget in seconds is turned into updates by the speed that the sweep measured for that structure and width.
     """
+    width, depth = race.width, race.depth
     sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
-    names = {"dense": ("dense", "mlp"), **CONTENDERS, **{name: CONTENDERS[base] for name, base in REVERSED.items()}}
+    raced = {name: CONTENDERS[name] for name in race.contenders}
+    names = {"dense": ("dense", "mlp"), **raced, **{name: raced[base] for name, base in REVERSED.items()}}
     thought = SPEEDS["gpt2_small"] * 98e6 / (12 * depth * width**2 + 16384 * width)
-    rates = [float(f"{1.536 / width * factor:.2g}") for factor in (1.0, 0.5, 2.0)]
+    rates = [float(f"{1.536 / width * factor:.2g}") for factor in race.sweep]
 
     def swept(records: Records, name: str) -> Record:
         title = f"w{width}-{REVERSED.get(name, name)}-sweep-"
@@ -256,15 +287,16 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
                 if name not in REVERSED
                 for lr in rates
             ]  # fmt: skip
-        tried = [name for name in CONTENDERS if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
+        tried = [name for name in raced if any(r["name"].startswith(f"w{width}-{name}-sweep-") for r in records)]
         if stage == 2:
             lr = {name: swept(records, name)["config"]["lr"] for name in ("dense", *tried)}
-            runs = [budget(records, "dense", 1.0, lr["dense"] * factor) for factor in (1.0, 0.7, 0.5)]
-            return runs + [
-                budget(records, name, 0.5, lr[name] * factor, priority=rank)
-                for name in tried
-                for rank, factor in enumerate((1.0, 0.5))
-            ]
+            return [
+                budget(records, name, share, lr[name] * factor, priority=rank)
+                for name, share, factors in (
+                    ("dense", 1.0, race.dense), *((name, race.first, race.other) for name in tried)
+                )
+                for rank, factor in enumerate(factors)
+            ]  # fmt: skip
         dense = best(of(records, "dense") or [found(records, f"w{width}-dense-x1")])
         goal = mean(loss(r) for r in of(records, "dense") if r["config"]["lr"] == dense["config"]["lr"])
 
@@ -279,12 +311,12 @@ def time_to_loss(width: int, depth: int) -> Callable[[int, Records], list[Run]]:
             return [
                 budget(records, name, each, reach(name)[2]["config"]["lr"])
                 for name in tried
-                for each in ((0.65, 0.58) if reach(name)[0] == math.inf else (0.35, 0.42))
+                for each in (race.longer if reach(name)[0] == math.inf else race.shorter)
             ] + [
                 budget(records, name, each, reach(base)[2]["config"]["lr"])
                 for name, base in REVERSED.items()
                 if base in tried
-                for each in (0.65, 0.58)
+                for each in race.reverse
             ]
         tried += [name for name in REVERSED if of(records, name)]
         runs = [budget(records, "dense", 1.0, dense["config"]["lr"], seed) for seed in (1, 2)]
@@ -372,7 +404,7 @@ def smoke(stage: int, records: Records) -> list[Run]:
 
 PLANS: dict[str, Callable[[int, Records], list[Run]]] = {
     "dyad": dyad, "dyad_models": dyad_models, "monarch": monarch, "methods": methods, "mixtures": mixtures,
-    "time768": time_to_loss(768, 12), "time1024": time_to_loss(1024, 12), "time2048": time_to_loss(2048, 4),
+    **{f"time{width}": time_to_loss(race) for width, race in RACES.items()},
     "smoke": smoke,
 }  # fmt: skip
 STAGES = {"dyad": 3, "dyad_models": 3, "monarch": 2, "methods": 1, "mixtures": 3, "time768": 4, "time1024": 4,

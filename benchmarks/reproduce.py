@@ -97,7 +97,7 @@ TASKS: tuple[Task, ...] = (
     language("methods", "methods:1", 450),
     *(
         language(f"time{width}", " ".join(f"time{width}:{stage}" for stage in (1, 2, 3, 4)) + " --turns 2", seconds)
-        for width, seconds in ((768, 3500), (1024, 4500), (2048, 4000))
+        for width, seconds in ((768, 2600), (1024, 3000), (2048, 4000))
     ),
     *(language(f"mixtures-{n}", f"mixtures:{n}", 600, 1 if n == 2 else 3, (f"mixtures-{n - 1}",) * (n > 1))
       for n in (1, 2, 3)),

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 plans = script("language_plans")
 language = script("language")
 claims = script("claims")
+RACE = plans.time_to_loss(plans.Race(768, 12))
 
 
 def record(run: Any, loss: float | None, speed: float = 6e5) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def test_all_runs_of_a_plan_fit_their_recipe_and_have_names_of_their_own(name: s
 
 
 def test_time_to_loss_follows_from_the_records() -> None:
-    plan, found = plans.PLANS["time768"], []
+    plan, found = RACE, []
     for stage in range(1, 5):
         runs = {run.name: run for run in plan(stage, found)}
         found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
@@ -91,13 +92,28 @@ def test_time_to_loss_follows_from_the_records() -> None:
 
 
 def test_contenders_are_held_to_the_mean_of_denses_seeds() -> None:
-    plan, found = plans.PLANS["time768"], []
+    plan, found = RACE, []
     for stage in (1, 2):
         found += [record(run, losses(run), 6e5) for run in plan(stage, found)]
     (again,) = (run for run in plan(4, found) if run.name == "w768-dense-x1-lr0.002-s1")
     for lucky, reached in ((3.97, True), (3.9, False)):  # DYAD is at 3.98, the other seed of dense at 4
         shares = {run.name.split("-x")[1][:4] for run in plan(3, [*found, record(again, lucky)])}
         assert ("0.42" in shares) == reached
+
+
+def test_narrow_models_race_over_larger_shares() -> None:
+    plan, found = plans.PLANS["time768"], []
+    shares: list[set[tuple[str, str]]] = []
+    for stage in range(1, 4):
+        runs = plan(stage, found)
+        found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs]
+        shares.append({(run.name.split("-", 1)[1].split("-x")[0], run.name.split("-x")[-1].split("-lr")[0])
+                       for run in runs})  # fmt: skip
+    assert {name for name, _ in shares[0]} == {f"{name}-sweep-lr{lr}" for name in ("dense", *plans.FASTEST)
+                                               for lr in ("0.0005", "0.001", "0.002")}  # fmt: skip
+    assert shares[1] == {("dense", "1"), ("dyad8-all", "0.8"), ("monarch8-all", "0.8")}
+    assert {("dyad8-all", "0.65"), ("monarch8-all", "1"), ("dyad8-all-reverse", "0.8")} <= shares[2]
+    assert {run["config"]["lr"] for run in found if "-dense-x1-" in run["name"]} == {2e-3, 3e-3, 4e-3}
 
 
 def test_no_speed_is_taken_from_a_shared_gpu() -> None:
@@ -117,7 +133,7 @@ def test_the_page_of_claims_is_that_of_the_records() -> None:
 def test_verdicts_follow_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Any]] = []
     for stage in range(1, 5):
-        runs = {run.name: run for run in plans.PLANS["time768"](stage, found)}
+        runs = {run.name: run for run in RACE(stage, found)}
         found += [record(run, losses(run), 8e5 if "dyad8" in run.name else 6e5) for run in runs.values()]
     for run in found:
         share = float(run["name"].split("-x")[1].split("-lr")[0]) if "-x" in run["name"] else 1.0
@@ -253,7 +269,7 @@ def test_a_plan_on_the_cpu_leaves_records_and_goes_on(
             ["time768:6"],
             "time768:6 is given; allowed: dyad:1 to 3, dyad_models:1 to 3, monarch:1 to 2, methods:1,",
         ),
-        (["time768:2"], "w768-dense-sweep-lr0.002, which is not in the records"),
+        (["time768:2"], "w768-dense-sweep-lr0.001, which is not in the records"),
         (["dyad", "--only", "none-*"], "none-\\* is given; allowed: globs"),
         (["smoke"], "--data: .*nowhere is given; allowed: a folder with text/train.jsonl"),
     ],

@@ -17,7 +17,7 @@ def opt350m() -> Recipe:
     """OPT-350m: embeddings of 512 features, and norms behind the residual sum, so a low rate."""
     return dataclasses.replace(
         opt125m(), name="opt350m", width=1024, depth=24, heads=16, mlp_width=4096, embedding_width=512, post_norm=True,
-        lr=2e-4, warmup=0.2, micro_batch=32,
+        lr=1e-4, warmup=0.2, micro_batch=32,
     )  # fmt: skip
 
 
