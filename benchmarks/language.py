@@ -67,14 +67,18 @@ class Job:
     @property
     def seconds(self) -> float:
         """What it is expected to take alone."""
-        return self.among(1)
+        return self.beside + self.training
 
-    def among(self, share: int) -> float:
-        """What it is expected to take as one of ``share`` on a GPU, which share its time in training steps alone."""
+    @property
+    def beside(self) -> float:
+        """Of that, what is not training steps."""
         start = START[self.part.partition(":")[0]] if self.start is None else self.start
-        start *= max(1.0, recipes.find(self.run.recipe).depth / 18)
-        steps = 1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0
-        return start + share * steps
+        return start * max(1.0, recipes.find(self.run.recipe).depth / 18)
+
+    @property
+    def training(self) -> float:
+        """Seconds of training steps."""
+        return 1.05 * self.run.fields["steps"] * STEP / self.run.speed if self.part == "train" else 0.0
 
     @property
     def result(self) -> str:
@@ -95,6 +99,18 @@ class Place:
     def crowd(self) -> int:
         """Jobs on a GPU at once."""
         return self.share * self.turns
+
+    def end(self, job: Job, others: Sequence[tuple[Job, float]], now: float) -> float:
+        """When ``job`` is expected to end, started ``now`` on a GPU with ``others`` that began when they say.
+
+        Training steps share the GPU's time, or wait for those of the others.
+        """
+        if self.turns == 1 or not job.training:
+            return now + job.beside + self.share * job.training
+        free = 0.0
+        for each, begun in [*((other, begun) for other, begun in others if other.training), (job, now)]:
+            free = max(free, begun + each.beside) + each.training
+        return free
 
     def file(self, kind: str, name: str) -> Path | None:
         assert self.data is not None
@@ -230,7 +246,7 @@ def work(
 ) -> list[Job]:
     """Run ``jobs`` in their order on ``gpus`` devices until ``limit``, a time of the clock; those that are not done.
 
-    A device has ``place.crowd`` jobs at once, which `Job.among` expects to take longer.
+    A device has ``place.crowd`` jobs at once; none starts that `Place.end` does not expect to end in time.
     ``report(job, seconds, waiting, running)`` is called after each that ended by itself, whatever came out, and returns
     the jobs that wait from then on.
     """  # fmt: skip
@@ -240,11 +256,13 @@ def work(
         while True:
             for slot in sorted(set(range(gpus * place.crowd)) - active.keys()):
                 busy = {job.run.name for job, _, _ in active.values() if job.part == "train"}
+                gpu = slot % gpus
+                others = [(job, begun) for at, (job, _, begun) in active.items() if at % gpus == gpu]
                 for job in waiting:
                     ready = job.part == "train" or (place.folder / job.run.name / "model").exists()
-                    if ready and job.run.name not in busy and time.monotonic() + job.among(place.crowd) <= limit:
+                    now = time.monotonic()
+                    if ready and job.run.name not in busy and place.end(job, others, now) <= limit:
                         waiting.remove(job)
-                        gpu = slot % gpus
                         active[slot] = job, place.start(job, gpu, gpus), time.monotonic()
                         print(f"gpu {gpu}: {job.run.name} {job.part}, about {job.seconds:.0f} s", flush=True)
                         break

@@ -227,6 +227,20 @@ def test_only_runs_that_take_turns_wait_for_one_another(tmp_path: Path, monkeypa
         assert place.crowd == max(share, turns)
 
 
+def test_a_run_is_expected_to_wait_for_the_training_of_those_beside_it(tmp_path: Path) -> None:
+    job = language.Job(
+        plans.run("tiny_gpt2", 1000, name="long", speed=1.05 * plans.STEP), "train", 30.0
+    )  # 1,000 seconds of steps
+    short = language.Job(plans.run("tiny_gpt2", 100, name="short", speed=1.05 * plans.STEP), "train", 30.0)
+    after = language.Job(plans.run("tiny_gpt2", 1, name="long"), "eval")
+    turns, share = language.Place(tmp_path, None, turns=2), language.Place(tmp_path, None, share=2)
+    assert turns.end(short, [], 10.0) == pytest.approx(140.0)
+    assert turns.end(short, [(job, 0.0), (after, 5.0)], 500.0) == pytest.approx(1130.0), "it starts meanwhile"
+    assert turns.end(short, [(job, 0.0)], 1020.0) == pytest.approx(1150.0), "the other ends meanwhile"
+    assert turns.end(after, [(job, 0.0)], 500.0) == pytest.approx(600.0)
+    assert share.end(short, [(job, 0.0)], 500.0) == pytest.approx(730.0)
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows))
