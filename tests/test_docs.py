@@ -213,14 +213,17 @@ def test_measured_tables_are_those_of_the_record() -> None:
 
 
 def test_host_times_are_those_of_the_record() -> None:
-    runs = records.read(ROOT / "results" / "host-time-cpu.json")
-    found = {run["name"].removeprefix("host time "): run["metrics"] for run in runs}
-    names = "linear", "low_rank:rank=8", "monarch:nblocks=4", "dyad:nblocks=4"
-    linear, *now = (f"{found[name]['forward_backward_us']:.0f}" for name in names)
-    before = (f"{found[name]['before_forward_backward_us']:.0f}" for name in names[1:])
-    said = "takes {} us, {} us for low rank, {} for Monarch and {} for DYAD, from {}, {} and {}"
+    runs = records.read(ROOT / "results" / "host-time-h200.json")
+    found = {run["name"].removeprefix("host time ").split(":")[0]: run["metrics"] for run in runs}
+    names = ("linear", "block_diagonal", "low_rank", "pixelfly", "btt", "dyad", "blast", "monarch")
+    both, same = (
+        [f"{found[name][metric]:.0f}" for name in names] for metric in ("forward_backward_us", "same_thread_us")
+    )
+    said = "{} us for `nn.Linear`, {} for block-diagonal, {} for low rank, {} for Pixelfly, {} for BTT, {} for DYAD, "
+    said += "{} for BLAST and {} for Monarch"
     page = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
-    assert said.format(linear, *now, *before) in page
+    assert said.format(*both) in page
+    assert "they are {}, {}, {}, {}, {}, {}, {} and {}, as".format(*same) in page
 
 
 def test_losses_of_mixtures_are_those_of_the_record() -> None:
