@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,11 +294,19 @@ def test_the_command_takes_costs_of_another_device(folder, tmp_path, capsys):
         (["--budget", "params=0.5", "--out", "rules.txt"], "--out: rules.txt is given"),
         (["--budget", "params=0.5", "--layers", "h.*"], "'h.*' matches no linear layer"),
         (["--budget", "params=0.001"], "cheapest options"),
+        (
+            ["--budget", "params=0.5", "--candidates", "dyad:nblocks=7"],
+            "--candidates: dyad:nblocks=7 is given; allowed",
+        ),
+        (["--budget", "time=0.5", "--costs", "../empty.json"], "no record holds times of a layer"),
+        (["--budget", "params=0.5", "--out", "gone/rules.json"], "--out: gone/rules.json is given; allowed: a file in"),
     ],
     ids=lambda value: "_".join(value).replace("--", "") if isinstance(value, list) else "says",
 )
 def test_the_command_says_what_is_wrong(arguments, message, folder, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    records.write(tmp_path / "empty.json", [])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert cli.main(["advise", str(folder), "--candidates", "low_rank:rank=8", *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not list(Path().iterdir())

@@ -112,6 +112,43 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["trian"], "structlin: error: the command trian is unknown; did you mean train? allowed: "),
+        (
+            ["describe", "dyad", "8x8", "--tokenz", "3"],
+            "unknown; did you mean --tokens? allowed: those of structlin desc",
+        ),
+        (
+            ["describe", "dyad", "8x8", "more"],
+            "structlin describe: error: the argument more is unknown; allowed: those",
+        ),
+    ],
+)
+def test_what_is_unknown_is_told_with_the_nearest_name(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(given)
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m structlin describe dyad:nblocks=4 64x64 | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stderr == ""
+    assert ended.stdout.strip() in ("0", "1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    command = f"{sys.executable} -m structlin describe dyad:nblocks=4 64x64 > /dev/full"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr == "structlin describe: error: No space left on device\n"
+
+
 def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main([])

@@ -242,11 +242,18 @@ def strange(folder):
         (None, ["monarch"], "--rules: 'monarch' is given; allowed: 'glob=spec'"),
         (None, ["a=none", "a=none"], "--rules: 'a' is given twice"),
         (None, ["absent.json"], "--rules: absent.json cannot be read"),
+        (None, ['{"a": null, "b": null, "a": null}'], "cannot be read: 'a' is given twice"),
+        (None, ['{"a": 5}'], "'a': 5 is given; allowed: a spec as text or as an object, or null"),
+        (None, ['{"a": ["x"]}'], "'a': ['x'] is given; allowed: a spec as text"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(source, tmp_path, capfd, damage, rules, message):
     if damage:
         damage(source)
+    for index, rule in enumerate(rules):
+        if rule.startswith("{"):
+            rules = [*rules[:index], str(source / "rules.json")]
+            Path(rules[index]).write_text(rule, encoding="utf-8")
     capfd.readouterr()
     assert run("convert", source, tmp_path / "out", "--rules", *rules) == 2
     assert message in capfd.readouterr().err

@@ -484,6 +484,16 @@ def test_the_command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--data", "loss=x", "--out", "nowhere/x.json"], "allowed: a file in a folder that exists"),
         (["--data", "loss=x", "--device", "tpu"], "--device: tpu is given; allowed: cpu"),
         (["--data", "loss=x", "--dtype", "int8"], "dtype='int8' is given; allowed: float32, bfloat16"),
+        (["--data", "loss=x", "--context", "0"], "--context: 0 is given; allowed: 1 or more"),
+        (["--data", "loss=x", "--stride", "0"], "--stride: 0 is given; allowed: 1 or more"),
+        (["--data", "loss=x", "--batch-tokens", str(2**70)], "--batch-tokens: '1180591620717411303424' is given"),
+        (["--data", "loss=x", "loss=y"], "--data: loss is given twice, x and y; allowed: one path for each task"),
+        (["--data", "loss=x", "--shots", "0"], "--shots: is for the task kshot; given: --tasks loss"),
+        (["--data", "loss=x", "--leading-space"], "--leading-space: is for the task blimp; given: --tasks loss"),
+        (
+            ["--tasks", "kshot", "--data", "kshot=x", "--kshot-tasks", "rte,rte"],
+            "rte is given twice; allowed: each once",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

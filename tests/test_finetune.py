@@ -100,6 +100,65 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "error: task 'glue' is unknown; allowed: boolq" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "4", "--warmup-steps", "4"], "warmup_steps=4 is given; allowed: below the 4 steps of the run"),
+        (["--epochs", "nan"], "--epochs: 'nan' is given; allowed: numbers"),
+        (["--epochs", "0"], "epochs=0.0 is given; allowed: above 0"),
+        (["--lr", "inf"], "--lr: 'inf' is given; allowed: numbers"),
+        (["--save", "text.txt/model"], "text.txt/model is given, below a file; allowed: a new folder"),
+        (["--out", "."], "--out: . is given; allowed: a file in a folder that exists"),
+    ],
+)
+def test_bad_options_are_one_line_before_any_training(
+    options: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "text.txt").touch()
+    write_numbers(tmp_path / "stsb.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.Trainer.train", lambda *given, **more: pytest.fail("it trains"))
+    common = ["finetune", str(folder), "--data", str(tmp_path), "--bos", "<end>", "--device", "cpu", "--task", "stsb"]
+    try:
+        status = cli.main([*common, *options])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt", "stsb.jsonl"}
+
+
+def test_a_model_that_went_wrong_is_neither_reported_nor_saved(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_numbers(tmp_path / "stsb.jsonl")
+    common = ["finetune", str(folder), "--data", str(tmp_path), "--bos", "<end>", "--device", "cpu", "--task", "stsb"]
+    save, out = tmp_path / "tuned", tmp_path / "out.json"
+    assert cli.main([*common, "--steps", "3", "--lr", "1e30", "--save", str(save), "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "6 of 6 outputs of the model are not finite; nothing is written" in said.err
+    assert "pearson" not in said.out
+    assert not save.exists()
+    assert not out.exists()
+
+
+def test_labels_are_numbers(folder: Path, tmp_path: Path) -> None:
+    write_numbers(tmp_path / "stsb.jsonl", label="nan")
+    with pytest.raises(ValueError, match="label is 'nan'; allowed: numbers"):
+        finetune(folder, "stsb", tmp_path, "a test", Tuning(steps=2), bos="<end>")
+
+
+def write_numbers(path: Path, label: Any = 1.0) -> None:
+    rows = [{"sentence1": "a" * i, "sentence2": "b", "label": float(i)} for i in range(1, 6)]
+    rows.append({"sentence1": "c", "sentence2": "d", "label": label})
+    write(path, [{**row, "split": part} for row in rows for part in ("train", "dev")])
+
+
 def test_pads_do_not_change_what_the_classifier_says(folder: Path) -> None:
     model = classifier(load_model(folder), 2, pad=0).eval()
     ids = torch.tensor([[0, 5, 6, 7]])

@@ -302,6 +302,10 @@ def test_bad_options_are_one_line_and_leave_nothing(
         (["tiny_gpt2", "--data", "gone"], "--data: gone does not exist"),
         (["tiny_gpt2", "--out", prose, "--data", prose], "--out: "),
         (["tiny_gpt2", "--colour", "red"], "the argument --colour is unknown; allowed: those of"),
+        (["tiny_gpt2", "--strukture", "dyad"], "the argument --strukture is unknown; did you mean --structure?"),
+        (["tiny_gpt2", "--structure", "dyad:nblocks=4", "--init", "spektral", "--data", prose], "--init: "),
+        (["tiny_gpt2", "--guided", "0.3"], "--guided: is for --method self_guided; the method is scratch"),
+        (["tiny_gpt2", "--switch", "0.3"], "--switch: is for --method sparsify_reverse; the method is scratch"),
         (["tiny_gpt2", "--data", prose, "--trackers", "trackio"], "--trackers: trackio is not installed; install with"),
     ):
         assert train(*options) == 2
@@ -310,6 +314,38 @@ def test_bad_options_are_one_line_and_leave_nothing(
         assert said.err.count("\n") == 1
         assert part in said.err
         assert [path.name for path in tmp_path.iterdir()] == ["prose.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("run.json", "[]", "run.json is not of a run of this version"),
+        ("run.json", '{"format": 1}', "run.json is not of a run of this version"),
+        ("model", "a file", "model is a file, and the model goes there"),
+        ("record.json", '{"schema": "structlin.records", "version": 1, "records": []}', "record.json: holds 0 records"),
+    ],
+)
+def test_a_damaged_folder_is_named_and_left_alone(
+    name: str, text: str, part: str, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    common = ["--data", prose, "--cache", tmp_path / "cache", "--steps", 1, "--device", "cpu", "--out", folder]
+    assert train("tiny_gpt2", *common) == 2
+    said = capsys.readouterr().err
+    assert f"structlin train: error: --out: {folder / part}" in said
+    assert (folder / name).read_text() == text
+    assert not (folder / "checkpoints").exists()
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_is(
+    prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    options = ["--data", prose, "--cache", tmp_path / "file" / "cache", "--out", tmp_path / "run", "--device", "cpu"]
+    assert train("tiny_gpt2", *options, "--steps", 1) == 1
+    assert "is kept" not in capsys.readouterr().err
 
 
 def test_every_field_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:

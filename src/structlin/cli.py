@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from .options import fail, reason
 from .version import __version__
 
 COMMANDS = {
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options, shlex.join(["structlin", *arguments]))
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has left, as head does
+    except OSError as error:  # of the output: commands say themselves what is wrong with files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1 if isinstance(error, BrokenPipeError) else fail(reason(error), 1, str(called))
     return status

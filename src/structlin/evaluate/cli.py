@@ -95,7 +95,8 @@ def _settings(options: argparse.Namespace) -> Any:
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--tasks: {', '.join(unknown)} is given; allowed: {', '.join(TASKS)}")
     for name, task in OF_ONE.items():
-        if getattr(options, name) not in (None, False) and task not in tasks:
+        given = getattr(options, name)  # 0 is given, though it equals False
+        if given is not None and given is not False and task not in tasks:
             raise ValueError(f"--{name.replace('_', '-')}: is for the task {task}; given: --tasks {options.tasks}")
     data: dict[str, Path] = {}
     for given in options.data:

@@ -77,12 +77,13 @@ class Study:
         command: for the records.
 
     Raises:
-        OptionError: where the study there is another search, the data cannot be used, or the task's model cannot have
-            a candidate.
+        OptionError: where the study there is another search, the data cannot be used, the task's model cannot have a
+            candidate, or the budget does not pay for a step.
     """
 
     def __init__(self, config: Config, storage: optuna.storages.BaseStorage, name: str, command: str) -> None:
         self.config, self.command, self.task, self.space = config, command, config.load(), config.parsed()
+        self._dense = self._dense_size()
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=POINTS // 4, reduction_factor=2)
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if name not in known:
@@ -184,15 +185,18 @@ class Study:
                 break
         return bool(self._running)
 
-    def _start_dense(self, runner: Runner) -> None:
-        """The dense model, at the task's width and steps or, where a budget is given, at what that pays."""
+    def _dense_size(self) -> Size:
+        """Of the dense model: the task's width and steps or, where a budget is given, what that pays."""
         config = self.config
         equal = "flops" if config.equal == "seconds" and config.budget is None else config.equal
         try:
-            size = fit(self.task, "dense", equal, config.grow, config.budget)
+            return fit(self.task, "dense", equal, config.grow, config.budget)
         except ValueError as error:
             raise OptionError("--budget", f"{config.budget:g} is given; {error}") from None
-        self._begin(runner, Running(self._job(DENSE, "dense", size, config.budget or 0), size, None, 1))
+
+    def _start_dense(self, runner: Runner) -> None:
+        job = self._job(DENSE, "dense", self._dense, self.config.budget or 0)
+        self._begin(runner, Running(job, self._dense, None, 1))
 
     def _start(self, runner: Runner, say: Say) -> bool:
         """Start the next trial, if there is one.
