@@ -342,7 +342,8 @@ def a_run(name: str, psnr: float) -> Any:
 
 def test_claims_follow_from_records(tmp_path: Path) -> None:
     module, path = script("claims_mri"), tmp_path / "records.json"
-    assert module.above_sense("", (2,), path) is module.few_shot(path) is module.smaller(path) is None
+    paths = [tmp_path / "older.json", path]
+    assert module.above_sense("", (2,), paths) is module.few_shot(paths) is module.smaller(paths) is None
     few = [a_run(f"{method}-shots{n}-4x-s{s}", 32 - n / 20 if method == "monarch_sense" else 28 + n / 20)
            for method in ("monarch_sense", "unet") for n in (1, 5, 20, 100) for s in range(3)]  # fmt: skip
     full = [
@@ -350,15 +351,17 @@ def test_claims_follow_from_records(tmp_path: Path) -> None:
         *(a_run(f"monarch_sense-{a}x-s{s}", 31.0 + s / 10) for a in (2, 4) for s in range(3)),
     ]
     records.write(path, [*few, *full])
-    said, verdict = module.above_sense("", (2, 4), path)
+    records.write(paths[0], [a_run("monarch_sense-2x-s0", 1.0)])
+    said, verdict = module.above_sense("", (2, 4), paths)
     assert verdict
     assert said.startswith("2x: 31.10 ± 0.10 over 30.00 dB, SSIM 0.622 ± 0.002 over 0.600; 4x")
-    said, verdict = module.few_shot(path)
+    assert said.endswith("(3 seeds, on a CPU)")
+    said, verdict = module.few_shot(paths)
     assert verdict
     assert "1: 31.95 / 0.639 beside 28.05 / 0.561" in said
-    assert module.smaller(path) == ("100 times fewer (7 complex, 1,400 real)", True)
+    assert module.smaller(paths) == ("100 times fewer (7 complex, 1,400 real)", True)
     records.write(path, [*few, *full[:-1], a_run("monarch_sense-4x-s2", 29.9)])
-    assert module.above_sense("", (2, 4), path)[1] is False
+    assert module.above_sense("", (2, 4), paths)[1] is False
 
 
 @pytest.mark.slow
