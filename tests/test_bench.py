@@ -316,6 +316,11 @@ def test_a_block_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.
         (["--backends", "bmm,bmm"], "--backends: 'bmm' is given twice"),
         (["--out", "results"], "--out: results is given; allowed: a path that ends in .json"),
         (["--plot", "nothing.json"], "nothing.json: No such file or directory"),
+        (["--plot", "some.json", "--seed", "1"], "--plot: measures nothing and leaves no room for --seed"),
+        (
+            ["--problem", "block monarch:nblocks=4@64x4", "--only-forward"],
+            "--only-forward: block monarch:nblocks=4@64x4",
+        ),
     ],
 )
 def test_bad_options_are_one_line(

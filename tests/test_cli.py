@@ -336,6 +336,7 @@ def test_tune_measures_and_remembers(
     [
         (["monarch:nblocks=2@24"], "--problem: 'monarch:nblocks=2@24' is not of the form SPEC@OUTxIN"),
         (["block monarch:nblocks=2@64x16"], "a block is given; allowed: SPEC@OUTxIN"),
+        (["dense@64x64"], "dense@64x64 is given; allowed: structures, as a dense layer runs in one way"),
         (["dyad@16x16", "--tokens", "0"], "--tokens: 0 is given"),
         (["dyad@16x16", "--device", "tpu"], "--device: 'tpu' is unknown"),
         (["dyad@16x16", "--dtype", "int8"], "--dtype: 'int8' is unknown"),

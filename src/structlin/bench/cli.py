@@ -62,9 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace, command: str) -> int:
     """Run ``structlin bench``; returns 0, 1 when something was wrong or could not run, 2 for a bad option."""
     try:
-        if options.plot is not None:
-            return _again(Path(options.plot), options.json)
         names = ("preset", "problem", "tokens", "dtype", "device", "backends", "repeats", "seed", "only_forward")
+        if options.plot is not None:
+            defaults = {"problem": [], "repeats": 10, "seed": 0, "only_forward": False}
+            for name in (*names, "out"):
+                if getattr(options, name) != defaults.get(name):
+                    raise ValueError(f"--plot: measures nothing and leaves no room for --{name.replace('_', '-')}")
+            return _again(Path(options.plot), options.json)
         settings = configure(**{name: getattr(options, name) for name in names})
         out = Path(options.out) if options.out else default_path(settings)
         check_path(out, settings)

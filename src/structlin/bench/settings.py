@@ -76,6 +76,8 @@ def configure(
     except ValueError as error:
         raise ValueError(f"{'--problem' if problem else '--preset'}: {error}") from None
     _once("--problem", chosen)
+    if only_forward and (blocks := [str(one) for one in chosen if isinstance(one, problems.BlockProblem)]):
+        raise ValueError(f"--only-forward: {blocks[0]} is given, and blocks are timed forward and backward")
     device = _device(device)
     kind = torch.device(device).type
     tokens = DEFAULT_TOKENS[kind] if tokens is None else tokens

@@ -89,6 +89,8 @@ def _compare(options: argparse.Namespace, command: str, folder: Path, done: list
         text = read_text(options.data)
     except ValueError as error:
         raise OptionError("--data", str(error)) from None
+    if options.data and text.skipped:
+        print(f"--data: {text.skipped} files are left out, since they hold no text", file=sys.stderr)
     names = ("structures", "where", "preset", "steps", "seed", "lr", "device", "dtype")
     config = configure(text, **{name: getattr(options, name) for name in names})
     check_folder(folder, config)

@@ -40,6 +40,8 @@ def main(options: argparse.Namespace, command: str) -> int:
         for problem in settings.problems:
             if not isinstance(problem, Problem):
                 raise ValueError(f"{problem}: a block is given; allowed: SPEC@OUTxIN, as in monarch:nblocks=4@3072x768")
+            if problem.plan.is_dense:
+                raise ValueError(f"{problem} is given; allowed: structures, as a dense layer runs in one way")
             shape = problem.in_features, problem.out_features
             where = {"device": torch.device(settings.device), "dtype": DTYPES[settings.dtype]}
             layers.append(StructuredLinear(*shape, problem.spec, bias=False, **where))
