@@ -54,15 +54,21 @@ def time_to(runs: Sequence[Record], level: float) -> float | None:
     return None if None in times else mean(time for time in times if time is not None)
 
 
-def about(runs: Sequence[Record], dense: Sequence[Record]) -> str:
-    """Accuracy, share of the parameters, step time and time to an accuracy of one structure beside dense."""
+def about(runs: Sequence[Record], dense: Sequence[Record], alone: float | None = None) -> str:
+    """Accuracy, share of the parameters, step time and time to an accuracy of one structure beside dense.
+
+    ``alone`` is how much faster steps that were timed alone are; without it, times are those of the runs themselves.
+    """
     values = [100 * (run["metrics"]["test_accuracy"] or 0.0) for run in runs]
     said = f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f} ({len(runs)} seeds)"
     if runs is dense:
         return said
+    share = runs[0]["metrics"]["params_share"] or 0.0
+    said += f" with {share:.0%} of the parameters, steps "
+    if alone is not None:
+        return f"{said}{alone:.2f} times as fast"
     steps = [mean(run["metrics"]["step_seconds"] or 0.0 for run in group) for group in (dense, runs)]
-    share, ratio = runs[0]["metrics"]["params_share"] or 0.0, steps[0] / steps[1]
-    said += f" with {share:.0%} of the parameters, steps {ratio:.2f} times as fast"
+    said += f"{steps[0] / steps[1]:.2f} times as fast"
     level = mean(run["series"]["accuracy"][-1] for run in dense) - MARGIN
     times = [time_to(group, level) for group in (dense, runs)]
     if times[0] and times[1]:
@@ -95,7 +101,10 @@ def any_within(recipe: str, device: str = "h200") -> Callable[[], Finding]:
         if len(dense) < 3 or not small:
             return None
         best = max(small, key=lambda label: accuracy(small[label]))
-        said = f"best: {best} {about(small[best], dense)}; dense {about(dense, dense)}"
+        pair = [named(device).get(f"step-{recipe}-{label}") for label in ("dense", best)]
+        times = [run["metrics"]["step_seconds"] or 1.0 for run in pair if run]
+        alone = times[0] / times[1] if len(times) == 2 else None
+        said = f"best: {best} {about(small[best], dense, alone)}; dense {about(dense, dense)}"
         return said, accuracy(small[best]) >= accuracy(dense) - MARGIN
 
     return measure

@@ -7,9 +7,10 @@
 
 DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, and CIFAR-10 in its folder cifar10. Runs are those of
 ``structlin train``: a ViT and an MLP-Mixer on CIFAR-10, small ones and a perceptron on MNIST, each dense and in four
-structures or more, three seeds each, dense and Monarch first. Runs named step-* time whole steps of the models
-of Dao et al. 2022, table 3.1, on random images of 224 pixels. Nothing starts that is not expected to end within
---limit; the file is written after every run, and the same command goes on with what is missing.
+structures or more, three seeds each, dense and Monarch first. Runs named step-* time whole steps on random images: of
+the models of Dao et al. 2022, table 3.1, and of the small ones, whose runs may share a machine. Nothing starts that is
+not expected to end within --limit; the file is written after every run, and the same command goes on with what is
+missing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ OF_MNIST = {**STRUCTURES, "dyad4": "dyad:nblocks=4",
 OF_SMALL = {**{name: OF_MNIST[name] for name in ("dense", "monarch4", "dyad4", "dyad8")}, "btt2": "btt:rank=2",
             "pixelfly": "pixelfly:block_size=16:butterfly_size=8:nfactors=1:rank=8"}  # fmt: skip
 SEEDS = 3
-SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1), None: (224, 224, 3)}
+SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}
+LARGE = (224, 224, 3)
 EPOCH = {"cifar10": 45_000, "mnist": 54_000}  # images, without those held out
 EPOCHS = {"mnist_mlp": 10, "vit_mnist": 3, "mixer_mnist": 3}
 TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
@@ -71,7 +73,7 @@ SMALL = {"batch": 16, "steps": 6, "valid_every": 3, "checkpoint_every": 6, "log_
 class Run:
     """One run: its name, recipe and changed fields, which set it is on, and the seconds that it is expected to take.
 
-    One without a set times steps on random images.
+    One without a set times steps on random images of a ``shape``.
     """
 
     name: str
@@ -79,10 +81,11 @@ class Run:
     given: dict[str, Any] = field(hash=False)
     data: str | None
     seconds: float
+    shape: tuple[int, ...] = LARGE
 
 
 def plan(epochs: int) -> Iterator[Run]:
-    """All runs on a GPU, the most wanted first."""
+    """All runs, the most wanted first."""
     for labels in (("dense", "monarch4", "dyad4"), ("btt4", "btt2", "dyad8", "pixelfly")):
         for recipe, data, known in (("vit_cifar10", "cifar10", STRUCTURES), ("mixer_cifar10", "cifar10", STRUCTURES),
                                     ("mnist_mlp", "mnist", OF_MNIST), ("vit_mnist", "mnist", OF_SMALL),
@@ -98,6 +101,10 @@ def plan(epochs: int) -> Iterator[Run]:
         for label in ("dense", "monarch4", "dyad8", "btt4"):
             given = {**sizes, "structure": STRUCTURES[label], "patch": 16, "batch": 128, "log_every": TURN}
             yield Run(f"step-{model}-{label}", "vit_cifar10", given, None, 80)
+    for recipe in ("vit_mnist", "mixer_mnist"):
+        for label, structure in OF_SMALL.items():
+            given = {"structure": structure, "log_every": TURN // 2}
+            yield Run(f"step-{recipe}-{label}", recipe, given, None, 30, SHAPES["mnist"])
 
 
 def smoke() -> Iterator[Run]:
@@ -113,14 +120,15 @@ def smoke() -> Iterator[Run]:
 
 
 class Random(Classify):
-    """One batch of random images of 224 pixels and 1000 classes, for steps that are timed."""
+    """One batch of random images, large ones of 1000 classes and others of 10, for steps that are timed."""
 
-    def __init__(self, recipe: VisionRecipe) -> None:
-        self.recipe, self.about = recipe, {"images": "random, 224 pixels", "classes": 1000}
+    def __init__(self, recipe: VisionRecipe, shape: tuple[int, ...]) -> None:
+        classes = 1000 if shape == LARGE else 10
+        self.recipe, self.about = recipe, {"images": f"random, {shape[0]} pixels", "classes": classes}
         generator = torch.Generator().manual_seed(recipe.seed)
-        self.examples = (torch.randn(recipe.batch, 3, 224, 224, generator=generator),
-                         torch.randint(1000, (recipe.batch,), generator=generator))  # fmt: skip
-        self.train = _Shape()  # type: ignore[assignment]
+        self.examples = (torch.randn(recipe.batch, shape[2], *shape[:2], generator=generator),
+                         torch.randint(classes, (recipe.batch,), generator=generator))  # fmt: skip
+        self.train = _Set(shape, tuple(map(str, range(classes))))  # type: ignore[assignment]
 
     def to(self, device: torch.device) -> None:
         self.examples = self.examples[0].to(device), self.examples[1].to(device)
@@ -129,14 +137,16 @@ class Random(Classify):
         return self.examples
 
 
-class _Shape:
-    shape, classes = SHAPES[None], tuple(map(str, range(1000)))
+@dataclass(frozen=True)
+class _Set:
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
 
 
-def timed(recipe: VisionRecipe, device: torch.device, command: str) -> Record:
+def timed(recipe: VisionRecipe, shape: tuple[int, ...], device: torch.device, command: str) -> Record:
     """The record of whole steps: forward, backward, clipping and AdamW."""
     recipe = dataclasses.replace(recipe, steps=10**6)
-    steps = Steps(recipe, Random(recipe), device, lambda line: None)
+    steps = Steps(recipe, Random(recipe, shape), device, lambda line: None)
     begun = time.perf_counter()
     steps.resume(Path("no checkpoint"))
     steps.advance()
@@ -156,7 +166,7 @@ def timed(recipe: VisionRecipe, device: torch.device, command: str) -> Record:
 def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str) -> Record:
     """The small record of a run."""
     if run.data is None:
-        found = timed(recipe, device, command)
+        found = timed(recipe, run.shape, device, command)
     else:
         found = train(recipe, folder, command, lambda line: None)
         for name in ("checkpoint.safetensors", "model"):
@@ -216,7 +226,7 @@ def fields(run: Run, where: dict[str | None, Path], device: torch.device) -> Vis
         given["data"] = [str(where[run.data])]  # type: ignore[assignment]
     if device.type == "cpu":
         given |= {"compile": "none", "dtype": "float32"}
-    elif run.data == "mnist":
+    elif "mnist" in run.recipe:
         given["compile"] = "default"
     recipe = override(recipes.find(run.recipe), given)
     assert isinstance(recipe, VisionRecipe)

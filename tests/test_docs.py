@@ -467,6 +467,20 @@ def test_building_table_is_that_of_the_record() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_the_table_of_small_models_is_that_of_the_record() -> None:
+    page = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+    found = {run["name"]: run["metrics"] for run in records.read(ROOT / "results" / "vision-cpu.json")}
+    names = {"dense": "dense", "monarch4": "Monarch, 4 blocks", "dyad4": "DYAD, 4 blocks", "btt2": "BTT, rank 2",
+             "dyad8": "DYAD, 8 blocks", "pixelfly": "Pixelfly"}  # fmt: skip
+    for recipe, model in (("vit_mnist", "ViT"), ("mixer_mnist", "Mixer")):
+        for label, name in names.items():
+            runs = [found[f"{recipe}-{label}-s{seed}"] for seed in range(3)]
+            accuracies = ", ".join(f"{100 * run['test_accuracy']:.1f}" for run in runs)
+            step = found[f"step-{recipe}-{label}"]["step_seconds"]
+            row = f"| {model} | {name} | {100 * runs[0]['params_share']:.0f} | {accuracies} | {1e3 * step:.0f} |"
+            assert row in page
+
+
 def test_the_table_of_mri_is_that_of_the_record() -> None:
     page = (ROOT / "docs" / "mri.md").read_text(encoding="utf-8")
     runs = {record["name"]: record["metrics"] for record in records.read(ROOT / "results" / "mri-cpu.json")}
@@ -478,6 +492,16 @@ def test_the_table_of_mri_is_that_of_the_record() -> None:
             psnr, ssim = (sum(run[f"test_{method}{name}"] for run in found) / 3 for name in ("psnr_db", "ssim"))
             cells.append(f"{psnr:.2f} / {ssim:.3f}")
         assert f"| {acceleration}x | {' | '.join(cells)} |" in page
+    runs = {record["name"]: record["metrics"] for record in records.read(ROOT / "results" / "mri-full-cpu.json")}
+    for label, part in (("", ""),):
+        for acceleration in (2, 4, 8):
+            found = [runs[f"monarch_sense-{label}{acceleration}x-s{seed}"] for seed in range(3)]
+            cells = []
+            for method in ("zero_filled_", "sense_", "scaled_sense_", ""):
+                psnr, ssim = (sum(run[f"test_{part}{method}{n}"] for run in found) / 3 for n in ("psnr_db", "ssim"))
+                cells.append(f"{psnr:.2f} / {ssim:.3f}")
+            assert f"| {acceleration}x | {' | '.join(cells)} |" in page
+    runs = {record["name"]: record["metrics"] for record in records.read(ROOT / "results" / "mri-cpu.json")}
     for shots, ours, theirs in ((1, "17.45", "20.97"), (5, "20.24", "21.12"), (20, "22.08", "21.24")):
         few = [runs[f"monarch_sense-shots{shots}-4x-s{seed}"] for seed in range(3)]
         means = [f"{sum(run[name] for run in few) / 3:.2f}" for name in ("test_psnr_db", "test_scaled_sense_psnr_db")]

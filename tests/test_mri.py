@@ -125,6 +125,13 @@ def test_images_are_fitted_whole() -> None:
     assert files.fit(image, 5, 10).shape == (5, 10)
 
 
+def test_images_that_fill_their_place_leave_no_zeros() -> None:
+    image = torch.arange(1.0, 22.0).expand(10, 21)
+    assert torch.equal(files.fit(image, 10, 10, fill=True), torch.arange(7.0, 17.0).expand(10, 10) / 16)
+    assert files.fit(image, 10, 42, fill=True).min() > 0
+    assert torch.equal(files.fit(image, 10, 21, fill=True), files.fit(image, 10, 21))
+
+
 def test_folders_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--data: .*is no folder; allowed: a folder with an archive"):
         files.read(tmp_path / "missing", SIDE, SIDE)

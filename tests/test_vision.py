@@ -446,7 +446,7 @@ def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(reci
     if recipe.startswith("vit"):
         pytest.importorskip("transformers")
     runs = list(benchmark.plan(40))
-    assert len({run.name for run in runs}) == len(runs) == 3 * (5 + 5 + 6 + 6 + 6) + 16
+    assert len({run.name for run in runs}) == len(runs) == 3 * (5 + 5 + 6 + 6 + 6) + 16 + 12
     with torch.device("meta"):
         dense = models.build(find(recipe), (28, 28, 1) if "mnist" in recipe else (32, 32, 3), 10)
     for run in (run for run in runs if run.recipe == recipe and run.data and run.given["structure"] != "dense"):

@@ -56,7 +56,9 @@ class Images:
 
 
 def read(folder: Path, height: int, width: int) -> Images:
-    """The images of a folder, fitted into ``height`` x ``width`` pixels as `fit` does; kept for the next call.
+    """The images of a folder at ``height`` x ``width`` pixels, by `fit`; kept for the next call.
+
+    Slices fill them, so that what is trained on them sees signal wherever a scan may have some; volumes stay whole.
 
     Raises:
         OptionError: for a folder that is not there or lacks slices, and for files that are not what their names say.
@@ -75,7 +77,7 @@ def _read(folder: Path, height: int, width: int, stamps: tuple[tuple[Path, int, 
             part = Path(name).parts[0]
             if part in slices:
                 digest.update(data)
-                slices[part].append(fit(_grey(data), height, width))
+                slices[part].append(fit(_grey(data), height, width, fill=True))
         name = folder
         if not all(slices.values()):
             raise ValueError(f"holds {len(slices['train'])} train and {len(slices['test'])} test slices")
@@ -99,20 +101,20 @@ def _read(folder: Path, height: int, width: int, stamps: tuple[tuple[Path, int, 
     return Images(train, test, volumes, kspace, digest.hexdigest())
 
 
-def fit(image: Tensor, height: int, width: int) -> Tensor:
+def fit(image: Tensor, height: int, width: int, fill: bool = False) -> Tensor:
     """``[h, w]`` scaled to fit, its centre in the middle of ``[height, width]``, zeros around it, largest value 1.
 
-    Scaling keeps the ratio of the sides; smaller images are means over areas, larger ones bilinear. An image without
-    any signal stays zero.
+    With ``fill`` it is scaled to have no zeros around it, and what sticks out is cut off. Scaling keeps the ratio of
+    the sides; smaller images are means over areas, larger ones bilinear. An image without any signal stays zero.
     """
-    scale = min(height / image.shape[0], width / image.shape[1])
+    ratios = height / image.shape[0], width / image.shape[1]
+    scale = max(ratios) if fill else min(ratios)
     size = [max(1, round(scale * side)) for side in image.shape]
     if list(image.shape) != size:
         mode = "area" if scale < 1 else "bilinear"
         image = F.interpolate(image[None, None], size=size, mode=mode)[0, 0]
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    placed = image.new_zeros(height, width)
-    placed[top : top + size[0], left : left + size[1]] = image
+    placed = F.pad(image, (left, width - size[1] - left, top, height - size[0] - top))  # a negative one cuts
     return placed / placed.max().clamp_min(torch.finfo(torch.float32).tiny)
 
 
