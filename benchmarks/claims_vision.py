@@ -48,45 +48,51 @@ def accuracy(runs: Sequence[Record]) -> float:
     return mean(run["metrics"]["test_accuracy"] or 0.0 for run in runs)
 
 
-def time_to(runs: Sequence[Record], level: float) -> float | None:
-    """Mean seconds of training until a validation had an accuracy of ``level``, None where a seed never had."""
-    times = [seconds_to(level, run["series"]) for run in runs]
-    return None if None in times else mean(time for time in times if time is not None)
+def steps_to(runs: Sequence[Record], level: float) -> float | None:
+    """Mean steps of training until a validation had an accuracy of ``level``, None where a seed never had."""
+    steps = [seconds_to(level, {**run["series"], "seconds": run["series"]["step"]}) for run in runs]
+    return None if None in steps else mean(step for step in steps if step is not None)
 
 
-def about(runs: Sequence[Record], dense: Sequence[Record], alone: float | None = None) -> str:
-    """Accuracy, share of the parameters, step time and time to an accuracy of one structure beside dense.
+def step_seconds(found: dict[str, Record], recipe: str, label: str) -> float | None:
+    """Seconds of a step that was timed alone, else the mean of the runs' own; None where these shared a device."""
+    alone = found.get(f"step-{recipe}-{label}")
+    timed = [run["metrics"].get("step_seconds") for run in ([alone] if alone else seeds(found, recipe)[label])]
+    return None if None in timed else mean(time for time in timed if time is not None)
 
-    ``alone`` is how much faster steps that were timed alone are; without it, times are those of the runs themselves.
-    """
+
+def about(found: dict[str, Record], recipe: str, label: str) -> str:
+    """Accuracy, share of the parameters, step time and time to an accuracy of one structure beside dense."""
+    every = seeds(found, recipe)
+    runs, dense = every[label], every["dense"]
     values = [100 * (run["metrics"]["test_accuracy"] or 0.0) for run in runs]
     said = f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f} ({len(runs)} seeds)"
-    if runs is dense:
+    if label == "dense":
         return said
-    share = runs[0]["metrics"]["params_share"] or 0.0
-    said += f" with {share:.0%} of the parameters, steps "
-    if alone is not None:
-        return f"{said}{alone:.2f} times as fast"
-    steps = [mean(run["metrics"]["step_seconds"] or 0.0 for run in group) for group in (dense, runs)]
-    said += f"{steps[0] / steps[1]:.2f} times as fast"
+    said += f" with {runs[0]['metrics']['params_share'] or 0.0:.0%} of the parameters"
+    times = [step_seconds(found, recipe, name) for name in ("dense", label)]
+    if times[0] is None or times[1] is None:
+        return said
+    said += f", steps {times[0] / times[1]:.2f} times as fast"
     level = mean(run["series"]["accuracy"][-1] for run in dense) - MARGIN
-    times = [time_to(group, level) for group in (dense, runs)]
-    if times[0] and times[1]:
-        return f"{said}, at dense's accuracy less a point after {times[1] / times[0]:.2f} of its time"
-    return f"{said}, never at dense's accuracy less a point in validation" if times[0] else said
+    steps = [steps_to(group, level) for group in (dense, runs)]
+    if steps[0] and steps[1]:
+        share = steps[1] * times[1] / (steps[0] * times[0])
+        return f"{said}, at dense's accuracy less a point after {share:.2f} of its time"
+    return f"{said}, never at dense's accuracy less a point in validation" if steps[0] else said
 
 
 def as_accurate(recipe: str, labels: Sequence[str], device: str = "h200", least: int = 3) -> Callable[[], Finding]:
     """Accuracy of structures beside dense; the first with ``least`` seeds must be within a point."""
 
     def measure() -> Finding:
-        runs = seeds(named(device), recipe)
+        found = named(device)
+        runs = seeds(found, recipe)
         if len(runs.get("dense", ())) < least or len(runs.get(labels[0], ())) < least:
             return None
-        dense = runs["dense"]
-        chosen = {label: runs[label] for label in labels if label in runs}
-        said = "; ".join(f"{label} {about(group, dense)}" for label, group in {"dense": dense, **chosen}.items())
-        return said, accuracy(runs[labels[0]]) >= accuracy(dense) - MARGIN
+        shown = ["dense", *(label for label in labels if label in runs)]
+        said = "; ".join(f"{label} {about(found, recipe, label)}" for label in shown)
+        return said, accuracy(runs[labels[0]]) >= accuracy(runs["dense"]) - MARGIN
 
     return measure
 
@@ -95,16 +101,14 @@ def any_within(recipe: str, device: str = "h200") -> Callable[[], Finding]:
     """Whether a structure with at most half of the parameters and three seeds is within a point of dense."""
 
     def measure() -> Finding:
-        runs = seeds(named(device), recipe)
+        found = named(device)
+        runs = seeds(found, recipe)
         dense = runs.pop("dense", [])
         small = {n: g for n, g in runs.items() if len(g) >= 3 and (g[0]["metrics"]["params_share"] or 1) <= 0.5}
         if len(dense) < 3 or not small:
             return None
         best = max(small, key=lambda label: accuracy(small[label]))
-        pair = [named(device).get(f"step-{recipe}-{label}") for label in ("dense", best)]
-        times = [run["metrics"]["step_seconds"] or 1.0 for run in pair if run]
-        alone = times[0] / times[1] if len(times) == 2 else None
-        said = f"best: {best} {about(small[best], dense, alone)}; dense {about(dense, dense)}"
+        said = f"best: {best} {about(found, recipe, best)}; dense {about(found, recipe, 'dense')}"
         return said, accuracy(small[best]) >= accuracy(dense) - MARGIN
 
     return measure
@@ -150,6 +154,8 @@ ROWS: list[tuple[str, str, str, Callable[[], Finding]]] = [
     ("ViT: within a point of dense with at most half of the parameters", "no number", "-", any_within("vit_cifar10")),
     ("Mixer: the same", "no number", "-", any_within("mixer_cifar10")),
     ("perceptron: the same", "no number", "-", any_within("mnist_mlp")),
+    ("ViT on 10 classes of Tiny ImageNet: the same", "no number", "-", any_within("vit_tiny_imagenet")),
+    ("Mixer on them: the same", "no number", "-", any_within("mixer_tiny_imagenet")),
     ("ViT, 128 wide, on MNIST, on a CPU: the same", "no number", "-", any_within("vit_mnist", "cpu")),
     ("Mixer, 128 wide, on MNIST, on a CPU: the same", "no number", "-", any_within("mixer_mnist", "cpu")),
     ("perceptron on a CPU: the same", "no number", "-", any_within("mnist_mlp", "cpu")),
@@ -159,7 +165,8 @@ ROWS: list[tuple[str, str, str, Callable[[], Finding]]] = [
 
 def draw(kept: Sequence[Record], path: Path) -> None:
     """Accuracy against parameters, and against the seconds of training, of every recipe in ``kept``."""
-    found = {record["name"]: record for record in kept if record["status"] == "ok" and "accuracy" in record["series"]}
+    by_name = {record["name"]: record for record in kept if record["status"] == "ok"}
+    found = {name: record for name, record in by_name.items() if "accuracy" in record["series"]}
     recipes = list(dict.fromkeys(re.sub(r"-\w+-s\d+$", "", name) for name in found))
     if not recipes:
         return
@@ -172,9 +179,10 @@ def draw(kept: Sequence[Record], path: Path) -> None:
             shares = [100 * (run["metrics"]["params_share"] or 0.0) for run in runs]
             values = [100 * (run["metrics"].get("test_accuracy") or run["metrics"]["accuracy"] or 0.0) for run in runs]
             above.scatter(shares, values, color=colour, label=label)
-            for run in runs:
+            step = step_seconds(by_name, recipe, label)
+            for run in runs if step else ():
                 curve = [100 * value for value in run["series"]["accuracy"]]
-                below.plot(run["series"]["seconds"], curve, color=colour, linewidth=1.2)
+                below.plot([step * count for count in run["series"]["step"]], curve, color=colour, linewidth=1.2)
         above.set(title=recipe, xlabel="parameters, % of dense", ylabel="test accuracy, %, a point each seed")
         below.set(xlabel="training time, seconds", ylabel="validation accuracy, %")
         above.legend(frameon=False)

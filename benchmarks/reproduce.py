@@ -6,11 +6,11 @@
 Without names it runs all of `TASKS`, in their order. DATA, IMAGES and MRI are folders as benchmarks/language.py,
 benchmarks/vision.py and docs/mri.md describe them; --models has what benchmarks/real_weights.py wrote. A task is one
 command, in a folder of its own with the records so far, so that it goes on with what is missing. What it adds is merged
-into results/ every few seconds. What times something has a GPU for itself, or shares it with others of its kind, one
-of which times while the others compile (`structlin.once.alone`); what times nothing shares one too. A task starts after
-those that it follows from; one that fails, as where a shared GPU's memory is full, is started once more. One that
-counts its time itself starts where two minutes are left, others where they are expected to end in time. What runs at
-the end is ended.
+into results/ every few seconds. What times something has a GPU for itself, or shares it: with others of its kind, one
+of which times while the others compile (`structlin.once.alone`), and with what times nothing, which is stopped
+meanwhile. A task starts after those that it follows from; one that fails, as where a shared GPU's memory is full, is
+started once more. One that counts its time itself starts where two minutes are left, others where they are expected to
+end in time. What runs at the end is ended.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from turns import LOCKS, Between, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -38,7 +40,8 @@ from structlin.report.records import Record  # noqa: E402
 FOLDERS = {"DATA": "data", "IMAGES": "images", "MRI": "mri", "models": "models"}
 """What commands call folders that lie elsewhere, and the options that say where."""
 EVERY = 3.0  # seconds between two looks at what was written
-THIRD, SIXTH = 0.33, 0.16  # of a GPU; the latter for small operations that wait for their launches
+QUARTER, SIXTH = 0.25, 0.16  # of a GPU; the latter for small operations that wait for their launches
+TWELFTH = 0.08  # for what times in turns and compiles else
 LEAST = 120.0  # seconds that a task with a limit of its own is worth starting for
 
 
@@ -76,7 +79,7 @@ def step_time(recipe: str) -> Task:
     specs = ["dense", *(f"dyad:nblocks={n}:variant={variant}" for n in (4, 8) for variant in ("narrow", "it"))]
     command = f"python benchmarks/step_time.py results/step-time-{recipe}-h200.json --recipe {recipe} --steps 10"
     specs += [f"dyad:nblocks=4:variant={variant}" for variant in ("ot", "dt")]
-    return Task(f"steps-{recipe}", f"{command} --structures {','.join(specs)}", 250, THIRD, turns=True)
+    return Task(f"steps-{recipe}", f"{command} --structures {','.join(specs)}", 250, TWELFTH, turns=True)
 
 
 def speed(model: str, shape: str = "") -> Task:
@@ -84,7 +87,7 @@ def speed(model: str, shape: str = "") -> Task:
     command = f"python benchmarks/real_models.py results/{model}-speed-h200.json --model models/{model} --data DATA"
     return Task(
         f"speed-{model}", f"{command} --stages speed --structures monarch,low_rank --shares 0.5,0.25{shape}", 300,
-        THIRD, turns=True,
+        TWELFTH, turns=True,
     )  # fmt: skip
 
 
@@ -116,20 +119,28 @@ TASKS: tuple[Task, ...] = (
     Task("mri-picture", "python benchmarks/mri.py --data MRI --out results/mri-h200.json --only none --limit 0 "
          "--picture results/mri-h200.png", 30, SIXTH, ("mri-monarch_sense-s0", "mri-unet-s0")),
     *(
-        Task(f"vision-{name}", f"python benchmarks/vision.py --data IMAGES --only '{glob}' --limit {{limit}}", seconds,
-             THIRD if name == "steps" else 1.0, turns=name == "steps")
-        for name, glob, seconds in (("vit", "vit_*", 860), ("mixer", "mixer_*", 860), ("mnist", "mnist_*", 300),
-                                    ("steps", "step-*", 1300))
+        Task(f"vision-{name}", "python benchmarks/vision.py --data IMAGES --shared "
+             f"--only '{name}_*' --limit {{limit}}", seconds, QUARTER)
+        for name, seconds in (("vit", 1200), ("mixer", 1200), ("mnist", 400))
     ),
-    Task("attention", "python benchmarks/attention.py --out results/attention-h200.json --limit {limit}", 400, THIRD,
+    *(
+        Task(f"vision-steps-{name}", f"python benchmarks/vision.py --only 'step-{name}_*' --limit {{limit}}", seconds,
+             TWELFTH, turns=True)
+        for name, seconds in (("vit", 900), ("mixer", 900), ("mnist", 200))
+    ),
+    Task("attention", "python benchmarks/attention.py --out results/attention-h200.json --limit {limit}", 700, TWELFTH,
          turns=True),
     Task("attention-quality", "python benchmarks/attention.py --out results/attention-h200.json --quality DATA "
          "--limit {limit}", 500, 0.5),
     *(
-        Task(f"sparsify-{part}", f"python benchmarks/sparsify.py --parts {part} --out results/sparsify-h200.json "
-             "--limit {limit}", seconds, 0.5 if part == "quality" else THIRD, turns=part != "quality")
-        for part, seconds in (("layers", 720), ("models", 900), ("quality", 900))
+        Task(f"sparsify-{name}", "python benchmarks/sparsify.py --out results/sparsify-h200.json "
+             f"--only '{glob}' --limit {{limit}}", seconds, TWELFTH, turns=True)
+        for name, glob, seconds in (
+            ("layers", "layer *", 720), ("gpt2", "gpt2_*", 500), ("vit", "vit_*", 500), ("mixer", "mixer_*", 500)
+        )
     ),
+    Task("sparsify-quality", "python benchmarks/sparsify.py --parts quality --out results/sparsify-h200.json "
+         "--limit {limit}", 900, QUARTER),
     Task("bert", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --limit {limit}", 1500),
     *(Task(preset, f"structlin bench --preset {preset} --out results/{file}-h200.json", seconds)
       for preset, file, seconds in (("h200", "bench", 500), ("blocks", "blocks", 200))),
@@ -169,6 +180,11 @@ def prepare(folder: Path, out: Path, links: Mapping[str, Path]) -> None:
         (folder / name).symlink_to(to.resolve())
 
 
+def lock(options: argparse.Namespace, gpu: int) -> Path:
+    """What tasks take that time in turns on a GPU."""
+    return Path(options.folder).resolve() / "runs" / f"gpu{gpu}.lock"
+
+
 def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Job:
     """Start a task on one GPU."""
     folder = Path(options.folder) / task.name
@@ -177,7 +193,8 @@ def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Jo
     words = shlex.split(task.command.format(limit=int(limit)))
     python = {"python": [sys.executable], "structlin": [sys.executable, "-m", "structlin"]}
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    shared = Path(options.folder).resolve() / "runs" / "language"  # where benchmarks/language.py has its own
+    # those that time share none with others, which may be stopped while they hold a lock of a cache
+    shared = Path(options.folder).resolve() / "runs" / ("timed" if task.turns else "language")
     env = {
         **os.environ, "CUDA_VISIBLE_DEVICES": devices[gpu] if devices else str(gpu), "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(shared / "compiled" / "TORCHINDUCTOR"),
@@ -185,10 +202,15 @@ def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Jo
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     if task.turns:
-        env[ALONE] = str(shared.parent / f"gpu{gpu}.lock")
+        env[ALONE] = str(lock(options, gpu))
     with open(folder.with_suffix(".log"), "wb") as log:
         process = subprocess.Popen(
-            [*python[words[0]], *words[1:]], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
+            [*python[words[0]], *words[1:]],
+            cwd=folder,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     before = {path.name: by_name(path) for path in (folder / "results").glob("*.json")}
     return Job(task, folder, gpu, process, before=before)
@@ -214,9 +236,10 @@ def ready(waiting: Sequence[Task], active: Sequence[Job], gpus: int, left: float
     free = [1.0 - sum(job.task.part for job in active if job.gpu == gpu) for gpu in range(gpus)]
     unfinished = {task.name for task in waiting} | {job.task.name for job in active}
     for task in waiting:
+        kinds = [{job.task.turns for job in active if job.gpu == gpu} for gpu in range(gpus)]
         fits = [
             gpu for gpu in range(gpus)
-            if free[gpu] >= task.part - 1e-6 and {j.task.turns for j in active if j.gpu == gpu} <= {task.turns}
+            if free[gpu] >= task.part - 1e-6 and (LOCKS.exists() or kinds[gpu] <= {task.turns})
         ]  # fmt: skip
         if fits and task.least <= left and not unfinished & set(task.after):
             yield task, max(fits, key=free.__getitem__)
@@ -229,6 +252,15 @@ def work(tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
     waiting, active = list(tasks), list[Job]()
     cut: list[str] = []
     repeated: set[Task] = set()
+
+    def untimed(gpu: int) -> list[int]:
+        return [job.process.pid for job in list(active) if job.gpu == gpu and not job.task.turns]
+
+    turns = ExitStack()
+    (Path(options.folder) / "runs").mkdir(parents=True, exist_ok=True)
+    if LOCKS.exists():
+        for gpu in range(options.gpus):
+            turns.enter_context(Between(lock(options, gpu), lambda gpu=gpu: untimed(gpu)))  # type: ignore[misc]
     try:
         while True:
             while found := next(ready(waiting, active, options.gpus, end - time.monotonic()), None):
@@ -251,10 +283,12 @@ def work(tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
                     taken = time.monotonic() - job.begun
                     print(f"{job.task.name}: {taken:.0f} s, exit {code}; {' '.join(last)[:200]}", flush=True)
     finally:
+        turns.close()
         for job in active:
             cut.append(job.task.name)
-            with suppress(ProcessLookupError):
-                os.killpg(job.process.pid, signal.SIGKILL)
+            for process in processes(job.process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             job.process.wait()
             collect(job, out)
     return [*cut, *(task.name for task in waiting)]

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatchcase
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -329,6 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="JSON file of records, gone on with if it is there")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--only", default="*", help="glob over names of jobs, as 'vit_b *'")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; nothing is started that ends later")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()
@@ -336,7 +338,8 @@ def main() -> None:
     found = {record["name"]: record for record in (records.read(path) if path.exists() else [])}
     waiting = []
     for job in jobs(options.parts, options.smoke, found):
-        if job.name in found and found[job.name]["status"] == "ok":
+        done = job.name in found and found[job.name]["status"] == "ok"
+        if done or not fnmatchcase(job.name, options.only):
             continue
         if time.monotonic() - start + SECONDS[job.part] > options.limit:
             waiting.append(job.name)

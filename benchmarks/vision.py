@@ -5,12 +5,12 @@
     PYTHONPATH=src python benchmarks/vision.py --only '*mnist*' --data DATA --device cpu
     PYTHONPATH=src python benchmarks/vision.py --smoke --out /tmp/vision.json
 
-DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, and CIFAR-10 in its folder cifar10. Runs are those of
-``structlin train``: a ViT and an MLP-Mixer on CIFAR-10, small ones and a perceptron on MNIST, each dense and in four
-structures or more, three seeds each, dense and Monarch first. Runs named step-* time whole steps on random images: of
-the models of Dao et al. 2022, table 3.1, and of the small ones, whose runs may share a machine. Nothing starts that is
-not expected to end within --limit; the file is written after every run, and the same command goes on with what is
-missing.
+DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, CIFAR-10 in its folder cifar10, and ten classes of Tiny
+ImageNet in tiny_imagenet_10.tar.xz. Runs are those of ``structlin train``: a ViT and an MLP-Mixer on both of these,
+small ones and a perceptron on MNIST, each dense and in four structures or more, three seeds each, dense and Monarch
+first. Runs named step-* time whole steps on random images: of the models of Dao et al. 2022, table 3.1, and of the
+others, whose runs may share a device (--shared). Nothing starts that is not expected to end within --limit; the file is
+written after every run, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ from structlin.problems import train
 from structlin.problems.loop import Run as Steps
 from structlin.problems.vision import VisionRecipe
 from structlin.problems.vision.classify import Classify
-from structlin.problems.vision.images import VARIABLE, read
+from structlin.problems.vision.images import VARIABLE, read, read_test
 from structlin.report import records
 from structlin.report.records import Record
 from structlin.train.config import OptionError, device_of
@@ -55,10 +56,10 @@ OF_MNIST = {**STRUCTURES, "dyad4": "dyad:nblocks=4",
 OF_SMALL = {**{name: OF_MNIST[name] for name in ("dense", "monarch4", "dyad4", "dyad8")}, "btt2": "btt:rank=2",
             "pixelfly": "pixelfly:block_size=16:butterfly_size=8:nfactors=1:rank=8"}  # fmt: skip
 SEEDS = 3
-SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}
+SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1), "tiny_imagenet_10": (64, 64, 3)}
 LARGE = (224, 224, 3)
-EPOCH = {"cifar10": 45_000, "mnist": 54_000}  # images, without those held out
-EPOCHS = {"mnist_mlp": 10, "vit_mnist": 3, "mixer_mnist": 3}
+EPOCH = {"cifar10": 45_000, "mnist": 54_000, "tiny_imagenet_10": 2_700}  # images, without those held out
+EPOCHS = {"mnist_mlp": 10, "vit_mnist": 3, "mixer_mnist": 3, "vit_tiny_imagenet": 100, "mixer_tiny_imagenet": 100}
 TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "vit_s16": {"model": "vit", "width": 768, "depth": 8, "heads": 8, "mlp_width": 2304},
     "vit_b16": {"model": "vit", "width": 768, "depth": 12, "heads": 12, "mlp_width": 3072},
@@ -66,6 +67,7 @@ TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "mixer_b16": {"model": "mixer", "width": 768, "depth": 12, "token_width": 384, "mlp_width": 3072, "layers": "mlp"},
 }
 TURNS, TURN = 3, 20  # steps of a turn
+TIMES = ("step_seconds", "train_seconds", "examples_per_second")
 SMALL = {"batch": 16, "steps": 6, "valid_every": 3, "checkpoint_every": 6, "log_every": 3}
 
 
@@ -89,22 +91,28 @@ def plan(epochs: int) -> Iterator[Run]:
     for labels in (("dense", "monarch4", "dyad4"), ("btt4", "btt2", "dyad8", "pixelfly")):
         for recipe, data, known in (("vit_cifar10", "cifar10", STRUCTURES), ("mixer_cifar10", "cifar10", STRUCTURES),
                                     ("mnist_mlp", "mnist", OF_MNIST), ("vit_mnist", "mnist", OF_SMALL),
-                                    ("mixer_mnist", "mnist", OF_SMALL)):  # fmt: skip
+                                    ("mixer_mnist", "mnist", OF_SMALL),
+                                    ("vit_tiny_imagenet", "tiny_imagenet_10", STRUCTURES),
+                                    ("mixer_tiny_imagenet", "tiny_imagenet_10", STRUCTURES)):  # fmt: skip
             for label in (label for label in labels if label in known):
                 for seed in range(SEEDS):
-                    steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (512 if data == "cifar10" else 256)
+                    steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (256 if data == "mnist" else 512)
                     given = {"structure": known[label], "seed": seed, "steps": steps, "checkpoint_every": steps}
-                    start, step = (40, 0.011) if data == "cifar10" else (20, 0.002)
+                    start, step = (20, 0.002) if data == "mnist" else (40, 0.011)
                     seconds = (start if seed == 0 else 8) + steps * step
                     yield Run(f"{recipe}-{label}-s{seed}", recipe, given, data, seconds)
     for model, sizes in TABLE.items():
         for label in ("dense", "monarch4", "dyad8", "btt4"):
             given = {**sizes, "structure": STRUCTURES[label], "patch": 16, "batch": 128, "log_every": TURN}
             yield Run(f"step-{model}-{label}", "vit_cifar10", given, None, 80)
-    for recipe in ("vit_mnist", "mixer_mnist"):
-        for label, structure in OF_SMALL.items():
-            given = {"structure": structure, "log_every": TURN // 2}
-            yield Run(f"step-{recipe}-{label}", recipe, given, None, 30, SHAPES["mnist"])
+    for recipe, known, data, turn in (("vit_cifar10", STRUCTURES, "cifar10", 5 * TURN),
+                                      ("mixer_cifar10", STRUCTURES, "cifar10", 5 * TURN),
+                                      ("mnist_mlp", OF_MNIST, "mnist", 5 * TURN),
+                                      ("vit_mnist", OF_SMALL, "mnist", TURN // 2),
+                                      ("mixer_mnist", OF_SMALL, "mnist", TURN // 2)):  # fmt: skip
+        for label, structure in known.items():
+            yield Run(f"step-{recipe}-{label}", recipe, {"structure": structure, "log_every": turn}, None, 60,
+                      SHAPES[data])  # fmt: skip
 
 
 def smoke() -> Iterator[Run]:
@@ -145,7 +153,7 @@ class _Set:
 
 def timed(recipe: VisionRecipe, shape: tuple[int, ...], device: torch.device, command: str) -> Record:
     """The record of whole steps: forward, backward, clipping and AdamW."""
-    recipe = dataclasses.replace(recipe, steps=10**6)
+    recipe = dataclasses.replace(recipe, steps=10**6, valid_every=10**6, checkpoint_every=10**6)
     steps = Steps(recipe, Random(recipe, shape), device, lambda line: None)
     begun = time.perf_counter()
     steps.resume(Path("no checkpoint"))
@@ -163,8 +171,10 @@ def timed(recipe: VisionRecipe, shape: tuple[int, ...], device: torch.device, co
     return {**found, "kind": "bench", "metrics": metrics, "series": {}}
 
 
-def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str) -> Record:
-    """The small record of a run."""
+def perform(
+    run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str, shared: bool = False
+) -> Record:
+    """The small record of a run, without times where other work ran on the device."""
     if run.data is None:
         found = timed(recipe, run.shape, device, command)
     else:
@@ -172,23 +182,27 @@ def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, 
         for name in ("checkpoint.safetensors", "model"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    metrics = dict(found["metrics"])
+    metrics, series = dict(found["metrics"]), dict(found["series"])
+    if shared and run.data:
+        metrics |= dict.fromkeys(TIMES)
+        series.pop("seconds", None)
     counts = [metrics[name] or 0 for name in ("model_params", "swapped_params", "replaced_params")]
     metrics["params_share"] = counts[0] / (counts[0] - counts[1] + counts[2])
     config = {name: value for name, value in found["config"].items() if name not in ("data", "device")}
-    return {**found, "metrics": metrics, "config": {**config, "given": run.given}}
+    return {**found, "metrics": metrics, "series": series, "config": {**config, "given": run.given}}
 
 
 def as_arrays(source: Path, folder: Path) -> Path:
     """The images of ``source`` decoded once, as arrays in ``folder``; all runs read these."""
     if not (folder / "test_y.npy").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
-            found = read(source, split)
+        train = read(source)
+        for split, found in (("train", train), ("test", read_test(source, train))):
+            if found is None or found.pixels is None:
+                raise ValueError(f"--data: {source} has no {split} images that fit into memory")
             np.save(folder / f"{split}_x.npy", found.pixels)
             np.save(folder / f"{split}_y.npy", found.labels)
-        if (source / "classes.json").exists():
-            shutil.copy(source / "classes.json", folder)
+        (folder / "classes.json").write_text(json.dumps(train.classes), encoding="utf-8")
     return folder
 
 
@@ -215,7 +229,8 @@ def sets(options: argparse.Namespace, folder: Path, wanted: set[str | None]) -> 
         return {name: made(folder / "sets" / str(name)) for name in wanted}
     if not options.data and wanted - {None}:
         raise ValueError("--data is not given; allowed: a folder, here or in STRUCTLIN_IMAGES")
-    places = {"cifar10": Path(options.data or "") / "cifar10", "mnist": Path(options.data or "")}
+    given = Path(options.data or "")
+    places = {"cifar10": given / "cifar10", "mnist": given, "tiny_imagenet_10": given / "tiny_imagenet_10.tar.xz"}
     return {name: as_arrays(places[name], folder / "sets" / name) for name in wanted if name}
 
 
@@ -260,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last, start = run.given["structure"], time.monotonic()
         try:
             recipe = fields(run, where, device)
-            record = perform(run, recipe, folder / run.name, device, command)
+            record = perform(run, recipe, folder / run.name, device, command, options.shared)
         except Exception as error:  # the others may still run
             print(f"{run.name}: {error!r}"[:600], flush=True)
             continue
@@ -304,7 +319,9 @@ def said(record: Record) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get(VARIABLE), help="folder of MNIST and of cifar10")
+    parser.add_argument(
+        "--data", default=os.environ.get(VARIABLE), help="folder of MNIST, cifar10 and tiny_imagenet_10.tar.xz"
+    )
     parser.add_argument("--only", nargs="+", default=[], help="globs over names of runs")
     parser.add_argument("--epochs", type=int, default=40, help="of the runs on CIFAR-10")
     parser.add_argument("--limit", type=float, default=560, help="seconds")
@@ -312,6 +329,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="file of records; default: results/vision-h200.json, or vision-cpu.json")
     parser.add_argument("--picture", help="folder of the pictures; default: that of the records")
     parser.add_argument("--folder", help="folder of the runs; default: a temporary one")
+    parser.add_argument("--shared", action="store_true", help="other work runs on the device: no times are kept")
     parser.add_argument("--smoke", action="store_true", help="tiny runs on a CPU, on images made here")
     return parser.parse_args(arguments)
 

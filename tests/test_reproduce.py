@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,61 @@ def test_what_is_timed_has_a_gpu_for_itself(options: Namespace) -> None:
     assert found["alone"]["begun"] > max(found["shared-1"]["ended"], found["shared-2"]["ended"])
 
 
-def test_what_times_in_turns_shares_a_gpu_with_its_kind_alone(options: Namespace) -> None:
+TIMER = """
+import time
+from pathlib import Path
+from structlin.once import alone
+
+for turn in range(3):
+    with alone():
+        begun = time.time()
+        time.sleep(0.3)
+        with open("runs/turns", "a") as file:
+            file.write(f"{begun} {time.time()}\\n")
+    time.sleep(0.2)
+"""
+TICKS = """
+import time
+
+while True:
+    print(time.time(), flush=True)
+    time.sleep(0.01)
+"""
+TICKER = """
+import subprocess, sys, time
+from pathlib import Path
+
+turns = Path("runs/turns")
+with open("runs/ticks", "w") as file:  # written by a group of its own, which the signals have to reach too
+    child = subprocess.Popen([sys.executable, "tools/ticks.py"], stdout=file, process_group=0)
+while not turns.exists() or len(turns.read_text().splitlines()) < 6:
+    time.sleep(0.1)
+time.sleep(0.3)
+child.kill()
+"""
+
+
+@pytest.mark.skipif(not reproduce.LOCKS.exists(), reason="this system does not say who waits for a lock")
+def test_what_times_nothing_stops_while_another_times(options: Namespace) -> None:
+    options.gpus = 1
+    for name, code in (("timer", TIMER), ("ticker", TICKER), ("ticks", TICKS)):
+        Path(options.data, f"{name}.py").write_text(code, encoding="utf-8")
+    timers = [reproduce.Task(f"timer-{n}", "python tools/timer.py", 0, 0.1, turns=True) for n in (1, 2)]
+    assert reproduce.work([reproduce.Task("ticker", "python tools/ticker.py", 0, 0.5), *timers], options) == []
+    runs = Path(options.folder, "runs")
+    ticks = [float(line) for line in (runs / "ticks").read_text().splitlines()]
+    turns = sorted(tuple(map(float, line.split())) for line in (runs / "turns").read_text().splitlines())
+    assert len(turns) == 6
+    for begun, ended in turns:
+        assert not [tick for tick in ticks if begun < tick < ended]
+    assert all(ended < begun for (_, ended), (begun, _) in pairwise(turns))
+    assert ticks[-1] > turns[-1][1]
+
+
+def test_without_word_of_who_waits_kinds_do_not_share_a_gpu(
+    options: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "LOCKS", Path(options.folder, "no such file"))
     options.gpus = 1
     timed = [dataclasses.replace(task(name, 1, 0.33), turns=True) for name in ("timed-1", "timed-2")]
     assert reproduce.work([timed[0], task("loss", 0.1, 0.33), timed[1]], options) == []
