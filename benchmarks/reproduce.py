@@ -6,11 +6,10 @@
 Without names it runs all of `TASKS`, in their order. DATA, IMAGES and MRI are folders as benchmarks/language.py,
 benchmarks/vision.py and docs/mri.md describe them; --models has what benchmarks/real_weights.py wrote. A task is one
 command, in a folder of its own with the records so far, so that it goes on with what is missing. What it adds is merged
-into results/ every few seconds. What times something has a GPU for itself, or shares it: with others of its kind, one
-of which times while the others compile (`structlin.once.alone`), and with what times nothing, which is stopped
-meanwhile. A task starts after those that it follows from; one that fails, as where a shared GPU's memory is full, is
-started once more. One that counts its time itself starts where two minutes are left, others where they are expected to
-end in time. What runs at the end is ended.
+into results/ every few seconds. What times something has a GPU for itself, or shares it and times in turns
+(`structlin.once.alone`): all else on that GPU is stopped meanwhile. A task starts after those that it follows from; one
+that fails, as where a shared GPU's memory is full, is started once more. One that counts its time itself starts where
+two minutes are left, others where they are expected to end in time. What runs at the end is ended.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turns import LOCKS, Between, processes
+from turns import LOCKS, Turns, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -193,12 +192,12 @@ def start(task: Task, gpu: int, options: argparse.Namespace, limit: float) -> Jo
     words = shlex.split(task.command.format(limit=int(limit)))
     python = {"python": [sys.executable], "structlin": [sys.executable, "-m", "structlin"]}
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    # those that time share none with others, which may be stopped while they hold a lock of a cache
-    shared = Path(options.folder).resolve() / "runs" / ("timed" if task.turns else "language")
+    # one that times has caches of its own, as others may be stopped while they hold a lock of theirs
+    caches = folder.resolve() if task.turns else Path(options.folder).resolve() / "runs" / "language"
     env = {
         **os.environ, "CUDA_VISIBLE_DEVICES": devices[gpu] if devices else str(gpu), "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(shared / "compiled" / "TORCHINDUCTOR"),
-        "TRITON_CACHE_DIR": str(shared / "compiled" / "TRITON"), "STRUCTLIN_CACHE_DIR": str(shared / "choices"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "compiled" / "TORCHINDUCTOR"),
+        "TRITON_CACHE_DIR": str(caches / "compiled" / "TRITON"), "STRUCTLIN_CACHE_DIR": str(caches / "choices"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     if task.turns:
@@ -253,14 +252,14 @@ def work(tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
     cut: list[str] = []
     repeated: set[Task] = set()
 
-    def untimed(gpu: int) -> list[int]:
-        return [job.process.pid for job in list(active) if job.gpu == gpu and not job.task.turns]
+    def sessions(gpu: int) -> list[int]:
+        return [job.process.pid for job in list(active) if job.gpu == gpu]
 
     turns = ExitStack()
     (Path(options.folder) / "runs").mkdir(parents=True, exist_ok=True)
     if LOCKS.exists():
         for gpu in range(options.gpus):
-            turns.enter_context(Between(lock(options, gpu), lambda gpu=gpu: untimed(gpu)))  # type: ignore[misc]
+            turns.enter_context(Turns(lock(options, gpu), lambda gpu=gpu: sessions(gpu)))  # type: ignore[misc]
     try:
         while True:
             while found := next(ready(waiting, active, options.gpus, end - time.monotonic()), None):

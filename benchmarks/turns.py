@@ -1,4 +1,4 @@
-"""A GPU in turns: who times something has it for itself, and what times nothing runs in between."""
+"""A GPU in turns: what times something has it for itself, and all else that shares it stops meanwhile."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def tell(sessions: Iterable[int], what: signal.Signals) -> None:
                 os.kill(process, what)
 
 
-def wanted(lines: Iterable[str], holder: int) -> bool:
-    """Whether a process waits for a lock that ``holder`` has, by the lines of /proc/locks."""
+def waiting(lines: Iterable[str], holder: int) -> int | None:
+    """The process that waits for a lock of ``holder``, the first one, by the lines of /proc/locks; None for nobody."""
     words = [line.split() for line in lines]
     held = {line[0] for line in words if line[1] == "FLOCK" and line[4] == str(holder)}
-    return any(line[0] in held and line[1] == "->" for line in words)
+    return next((int(line[5]) for line in words if line[0] in held and line[1] == "->"), None)
 
 
-class Between:
-    """Holds a lock for processes that time nothing, and gives it up to whoever waits for it; they are stopped then.
+class Turns:
+    """Holds a lock, and gives it to whoever waits for it; the others that share the GPU are stopped meanwhile.
 
     Args:
         path: the lock, which `structlin.once.alone` takes in processes that time something.
-        sessions: what says which processes time nothing, by the ids of their sessions.
+        sessions: what says which processes share the GPU, by the ids of their sessions.
     """
 
     def __init__(self, path: Path, sessions: Callable[[], Iterable[int]]) -> None:
@@ -54,7 +54,7 @@ class Between:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Between:
+    def __enter__(self) -> Turns:
         self._thread.start()
         return self
 
@@ -64,27 +64,25 @@ class Between:
 
     def _run(self) -> None:
         with open(self.path, "ab") as lock:
-            while not self._ended.is_set():
-                self._wait(lock.fileno())
-                while not self._ended.wait(LOOK) and not wanted(LOCKS.read_text().splitlines(), os.getpid()):
-                    pass
-                self._stop()
-                self._ended.wait(SETTLE)
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                self._ended.wait(LOOK)  # who waits goes first
-        tell(self.sessions(), signal.SIGCONT)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not self._ended.wait(LOOK):
+                if (process := waiting(LOCKS.read_text().splitlines(), os.getpid())) is not None:
+                    with suppress(ProcessLookupError):  # it ended meanwhile
+                        self._give(lock.fileno(), os.getsid(process))
+                    tell(self.sessions(), signal.SIGCONT)
 
-    def _wait(self, lock: int) -> None:
-        """Until nobody else has the lock; what starts meanwhile is stopped too."""
-        while not self._ended.is_set():
+    def _give(self, lock: int, session: int) -> None:
+        """Let ``session`` have the lock until it is free again."""
+
+        def stop() -> None:
+            tell([other for other in self.sessions() if other != session], signal.SIGSTOP)
+
+        stop()
+        self._ended.wait(SETTLE)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        while not self._ended.wait(LOOK):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._stop()
-                self._ended.wait(LOOK)
-            else:
-                tell(self.sessions(), signal.SIGCONT)
                 return
-
-    def _stop(self) -> None:
-        tell(self.sessions(), signal.SIGSTOP)
+            except BlockingIOError:
+                stop()  # what has started since

@@ -119,20 +119,22 @@ child.kill()
 
 
 @pytest.mark.skipif(not reproduce.LOCKS.exists(), reason="this system does not say who waits for a lock")
-def test_what_times_nothing_stops_while_another_times(options: Namespace) -> None:
+@pytest.mark.parametrize("turns", [False, True], ids=["times nothing", "times later"])
+def test_others_stop_while_one_times(options: Namespace, turns: bool) -> None:
     options.gpus = 1
     for name, code in (("timer", TIMER), ("ticker", TICKER), ("ticks", TICKS)):
         Path(options.data, f"{name}.py").write_text(code, encoding="utf-8")
     timers = [reproduce.Task(f"timer-{n}", "python tools/timer.py", 0, 0.1, turns=True) for n in (1, 2)]
-    assert reproduce.work([reproduce.Task("ticker", "python tools/ticker.py", 0, 0.5), *timers], options) == []
+    ticker = reproduce.Task("ticker", "python tools/ticker.py", 0, 0.5, turns=turns)
+    assert reproduce.work([ticker, *timers], options) == []
     runs = Path(options.folder, "runs")
     ticks = [float(line) for line in (runs / "ticks").read_text().splitlines()]
-    turns = sorted(tuple(map(float, line.split())) for line in (runs / "turns").read_text().splitlines())
-    assert len(turns) == 6
-    for begun, ended in turns:
+    times = sorted(tuple(map(float, line.split())) for line in (runs / "turns").read_text().splitlines())
+    assert len(times) == 6
+    for begun, ended in times:
         assert not [tick for tick in ticks if begun < tick < ended]
-    assert all(ended < begun for (_, ended), (begun, _) in pairwise(turns))
-    assert ticks[-1] > turns[-1][1]
+    assert all(ended < begun for (_, ended), (begun, _) in pairwise(times))
+    assert ticks[-1] > times[-1][1]
 
 
 def test_without_word_of_who_waits_kinds_do_not_share_a_gpu(
