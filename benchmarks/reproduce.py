@@ -119,8 +119,8 @@ TASKS: tuple[Task, ...] = (
          "--picture results/mri-h200.png", 30, SIXTH, ("mri-monarch_sense-s0", "mri-unet-s0")),
     *(
         Task(f"vision-{name}", "python benchmarks/vision.py --data IMAGES --shared "
-             f"--only '{name}_*' --limit {{limit}}", seconds, QUARTER)
-        for name, seconds in (("vit", 1200), ("mixer", 1200), ("mnist", 400))
+             f"--only '{name}_*' --limit {{limit}}", seconds, part)
+        for name, seconds, part in (("vit", 1200, QUARTER), ("mixer", 1200, QUARTER), ("mnist", 400, SIXTH))
     ),
     *(
         Task(f"vision-steps-{name}", f"python benchmarks/vision.py --only 'step-{name}_*' --limit {{limit}}", seconds,
@@ -327,8 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for task in tasks:
             print(f"{task.name:20} {task.seconds:5.0f} s  {task.command}")
         return 0
-    missing = sorted({option for task in tasks for name, option in FOLDERS.items()
-                      if name in task.command and not getattr(options, option)})  # fmt: skip
+    words = {word.partition("/")[0] for task in tasks for word in shlex.split(task.command)}
+    missing = sorted(option for name, option in FOLDERS.items() if name in words and not getattr(options, option))
     if missing:
         print(f"reproduce.py: error: --{', --'.join(missing)}: needed by these tasks", file=sys.stderr)
         return 2

@@ -49,6 +49,7 @@ from structlin.spec import parse
 from structlin.testing import error
 from structlin.train import data
 from structlin.train import model as decoders
+from structlin.train.attention import whole
 from structlin.widths import butterfly
 
 Shape = tuple[int, int]
@@ -175,7 +176,10 @@ def build(name: str, smoke: bool) -> tuple[nn.Module, tuple[Tensor, ...], int]:
 
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4} if smoke else {}
     side = 32 if smoke else 224
-    model = ViTForImageClassification(ViTConfig(num_labels=classes, num_hidden_layers=depth, image_size=side, **sizes))
+    config = ViTConfig(
+        num_labels=classes, num_hidden_layers=depth, image_size=side, attn_implementation=whole(), **sizes
+    )
+    model = ViTForImageClassification(config)
     return Loss(model.train()), (torch.randn(images, 3, side, side), labels), images * ((side // 16) ** 2 + 1)
 
 

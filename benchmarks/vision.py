@@ -242,7 +242,7 @@ def fields(run: Run, where: dict[str | None, Path], device: torch.device) -> Vis
     if device.type == "cpu":
         given |= {"compile": "none", "dtype": "float32"}
     elif "mnist" in run.recipe:
-        given["compile"] = "default"
+        given["compile"] = "reduce-overhead"
     recipe = override(recipes.find(run.recipe), given)
     assert isinstance(recipe, VisionRecipe)
     return recipe

@@ -181,11 +181,15 @@ def test_every_task_names_a_script_and_earlier_tasks() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_bad_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert reproduce.main(["nothing"]) == 2
     assert "nothing: no such task; allowed: those of --list" in capsys.readouterr().err
     assert reproduce.main(["dyad"]) == 2
     assert "--data: needed" in capsys.readouterr().err
+    assert reproduce.main(["monarch_no-1e-3-s0", "speed-minilm"]) == 2  # an option of the first is called --models
+    assert "--data, --models: needed" in capsys.readouterr().err
+    assert reproduce.main(["monarch_no-1e-3-s0", "--limit", "0", "--folder", str(tmp_path)]) == 1
+    assert "1 of 1 tasks did not end" in capsys.readouterr().out
     assert reproduce.main(["--list", "mlps"]) == 0
     assert "structlin bench --preset mlp" in capsys.readouterr().out
 

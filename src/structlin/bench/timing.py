@@ -121,6 +121,7 @@ def capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
         graph.replay()
         if not result.isfinite().all():
             raise RuntimeError("the replay of the CUDA graph does not write the result")
+    graph.captured = run  # type: ignore[attr-defined]  # a replay reads its inputs where they were
     return graph
 
 

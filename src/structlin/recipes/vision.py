@@ -11,7 +11,7 @@ def vit_cifar10() -> VisionRecipe:
     """ViT, 512 wide, patches of 4, for images of 32 pixels (Dosovitskiy et al. 2021)."""
     return VisionRecipe(
         name="vit_cifar10", model="vit", steps=5280, batch=512, lr=1e-3, warmup=0.1, weight_decay=0.1,
-        log_every=100, valid_every=440, checkpoint_every=5280, beta2=0.99,
+        log_every=100, valid_every=440, checkpoint_every=5280, beta2=0.99, compile="reduce-overhead",
     )  # fmt: skip
 
 

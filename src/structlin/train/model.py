@@ -21,6 +21,7 @@ from ..optim import param_groups
 from ..spec import Spec
 from ..surgery import to_structured_
 from . import masked, rules
+from .attention import WHOLE, whole
 from .recipe import Recipe
 from .standard import is_standard, mix_
 
@@ -37,9 +38,6 @@ MLP = {
 }  # fmt: skip
 ATTENTION = {"bert": "*.attention.*"}
 """Layers of attention whose names fit the globs of the MLP."""
-
-CAUSAL = "structlin_causal"
-"""Attention over whole windows, by the causal kernel in a decoder: compiled, transformers would write out a mask."""
 
 
 class LanguageModel(nn.Module):
@@ -145,7 +143,7 @@ def check(recipe: Recipe) -> None:
     rules.check(model, _rules(recipe, model), recipe.init)
 
 
-def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module:
+def dense(recipe: Recipe, vocabulary: int, attention: str = WHOLE) -> nn.Module:
     """The model before conversion, with the standard mixture in place of its MLPs if the recipe says so.
 
     Every matrix of GPT-2's blocks is an ``nn.Linear`` here, as in the other models.
@@ -155,20 +153,18 @@ def dense(recipe: Recipe, vocabulary: int, attention: str = CAUSAL) -> nn.Module
         vocabulary: as for `build`.
         attention: of transformers; the default is for whole windows, "sdpa" takes padded batches too.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)
+    whole()
     auto = AutoModelForMaskedLM if recipe.architecture == "bert" else AutoModelForCausalLM
     from_config: Any = auto.from_config
     model = from_config(configuration(recipe, vocabulary), dtype=torch.float32, attn_implementation=attention)
     if recipe.attention != "dense":
-        from ..hf.attention import WHOLE, pixelate_attention_
+        from ..hf import attention as pixelated
 
-        pixelate_attention_(model, recipe.attention)
-        if attention == CAUSAL:
-            model.set_attn_implementation(WHOLE)
+        pixelated.pixelate_attention_(model, recipe.attention)
+        if attention == WHOLE:
+            model.set_attn_implementation(pixelated.WHOLE)
     model = _linearised(model)
     return (mix_(recipe, model) if is_standard(recipe) else model).train()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...models.mixer import Mixer
 from ...models.mlp import MLP
+from ...train.attention import whole
 
 if TYPE_CHECKING:
     from .recipe import VisionRecipe
@@ -46,7 +47,7 @@ def _vit(recipe: VisionRecipe, shape: Sequence[int], classes: int) -> nn.Module:
     config: Any = AutoConfig.for_model(
         "vit", image_size=_side(shape, recipe.patch), patch_size=recipe.patch, num_channels=shape[2],
         num_labels=classes, hidden_size=recipe.width, intermediate_size=recipe.mlp_width,
-        num_hidden_layers=recipe.depth, num_attention_heads=recipe.heads, attn_implementation="sdpa",
+        num_hidden_layers=recipe.depth, num_attention_heads=recipe.heads, attn_implementation=whole(),
     )  # fmt: skip
     model: nn.Module = ViTForImageClassification(config)
     return model
