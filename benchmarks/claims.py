@@ -364,7 +364,6 @@ ROWS: dict[str, list[tuple[str, str, str, Callable[[], Finding]]]] = {
         ("equal perplexity, GPT-2 small", "20.7, dense 20.6", GPT2_PAGE, monarch_loss),
         ("reverse sparsification reaches dense's loss", "in half of the time", OWT_PAGE, reverse),
     ],
-    "pixelfly": [("GPT-2 medium trains faster, as accurate", "up to 2.5 times", "abstract", never)],
     "einsum": [
         ("best learning rates differ greatly", "no number", "Qiu et al. 2024, abstract", rates),
         ("BTT matches a dense ViT-S/32", "3.8 times less compute", "Qiu et al. 2024, abstract", never),

@@ -166,7 +166,7 @@ ROWS: list[tuple[str, str, str, Callable[[], Finding]]] = [
 def draw(kept: Sequence[Record], path: Path) -> None:
     """Accuracy against parameters, and against the seconds of training, of every recipe in ``kept``."""
     by_name = {record["name"]: record for record in kept if record["status"] == "ok"}
-    found = {name: record for name, record in by_name.items() if "accuracy" in record["series"]}
+    found = {n: record for n, record in by_name.items() if "accuracy" in record["series"] and "@" not in n}  # no sweeps
     recipes = list(dict.fromkeys(re.sub(r"-\w+-s\d+$", "", name) for name in found))
     if not recipes:
         return

@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,6 +67,8 @@ TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "mixer_b16": {"model": "mixer", "width": 768, "depth": 12, "token_width": 384, "mlp_width": 3072, "layers": "mlp"},
 }
 TURNS, TURN = 3, 20  # steps of a turn
+RATES = {"vit_cifar10": (2.5e-4, 5e-4, 1e-3)}  # that dense tries, with seed 0; all structures train at its best
+SWEPT = {"vit_cifar10": "vit_cifar10", "vit_tiny_imagenet": "vit_cifar10"}  # recipe -> whose sweep gives its rate
 TIMES = ("step_seconds", "train_seconds", "examples_per_second")
 SMALL = {"batch": 16, "steps": 6, "valid_every": 3, "checkpoint_every": 6, "log_every": 3}
 
@@ -86,18 +88,34 @@ class Run:
     shape: tuple[int, ...] = LARGE
 
 
-def plan(epochs: int) -> Iterator[Run]:
-    """All runs, the most wanted first."""
+def swept(kept: Mapping[str, Record], recipe: str) -> float | None:
+    """The rate of the best accuracy in validation, None while the sweep is not whole."""
+    runs = {rate: kept.get(f"{recipe}@{rate:g}-dense-s0") for rate in RATES[recipe]}
+    found = {rate: run["metrics"].get("accuracy") or 0.0 for rate, run in runs.items() if run}
+    return max(found, key=lambda rate: found[rate]) if len(found) == len(runs) else None
+
+
+def plan(epochs: int, kept: Mapping[str, Record]) -> Iterator[Run]:
+    """All runs, the most wanted first; those that need a sweep's rate once the sweep is in ``kept``."""
+    for recipe, rates in RATES.items():
+        steps = epochs * EPOCH["cifar10"] // 512
+        for rate in rates:
+            given = {"structure": "dense", "seed": 0, "steps": steps, "checkpoint_every": steps, "lr": rate}
+            yield Run(f"{recipe}@{rate:g}-dense-s0", recipe, given, "cifar10", 40 + steps * 0.013)
     for labels in (("dense", "monarch4", "dyad4"), ("btt4", "btt2", "dyad8", "pixelfly")):
         for recipe, data, known in (("vit_cifar10", "cifar10", STRUCTURES), ("mixer_cifar10", "cifar10", STRUCTURES),
                                     ("mnist_mlp", "mnist", OF_MNIST), ("vit_mnist", "mnist", OF_SMALL),
                                     ("mixer_mnist", "mnist", OF_SMALL),
                                     ("vit_tiny_imagenet", "tiny_imagenet_10", STRUCTURES),
                                     ("mixer_tiny_imagenet", "tiny_imagenet_10", STRUCTURES)):  # fmt: skip
+            rate = swept(kept, SWEPT[recipe]) if recipe in SWEPT else None
+            if recipe in SWEPT and rate is None:
+                continue
             for label in (label for label in labels if label in known):
                 for seed in range(SEEDS):
                     steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (256 if data == "mnist" else 512)
                     given = {"structure": known[label], "seed": seed, "steps": steps, "checkpoint_every": steps}
+                    given |= {} if rate is None else {"lr": rate}
                     start, step = (20, 0.002) if data == "mnist" else (40, 0.011)
                     seconds = (start if seed == 0 else 8) + steps * step
                     yield Run(f"{recipe}-{label}-s{seed}", recipe, given, data, seconds)
@@ -255,21 +273,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "cpu" if device.type == "cpu" else "h200"
     out = Path(options.out or f"results/vision-{name}.json")
     kept = {record["name"]: record for record in records.read(out)} if out.exists() else {}
-    planned = [run for run in (smoke() if options.smoke else plan(options.epochs))
-              if not options.only or any(fnmatchcase(run.name, glob) for glob in options.only)]  # fmt: skip
-    left = [run for run in planned if kept.get(run.name, {}).get("config", {}).get("given") != run.given]
+
+    def remaining() -> float:
+        return float(options.limit - (time.monotonic() - begun))
+
+    def left() -> list[Run]:
+        planned = smoke() if options.smoke else plan(options.epochs, kept)
+        wanted = (
+            run for run in planned if not options.only or any(fnmatchcase(run.name, glob) for glob in options.only)
+        )
+        return [run for run in wanted if kept.get(run.name, {}).get("config", {}).get("given") != run.given]
+
     command = " ".join(["python", "benchmarks/vision.py", *(arguments if arguments is not None else sys.argv[1:])])
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="vision-"))
-    try:
-        where = sets(options, folder, {run.data for run in left})
-    except (OptionError, ValueError) as error:
-        print(f"vision.py: error: {error}", file=sys.stderr)
-        return 2
-    last = None
-    for run in list(left):
-        if time.monotonic() - begun + run.seconds > options.limit:
-            continue
+    last, failed = None, set[str]()
+    while run := next((run for run in left() if run.name not in failed and run.seconds <= remaining()), None):
+        try:
+            where = sets(options, folder, {run.data})
+        except (OptionError, ValueError) as error:
+            print(f"vision.py: error: {error}", file=sys.stderr)
+            return 2
         if run.given["structure"] != last or run.data is None:
             forget()  # seeds of a run share what is compiled
         last, start = run.given["structure"], time.monotonic()
@@ -278,15 +302,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = perform(run, recipe, folder / run.name, device, command, options.shared)
         except Exception as error:  # the others may still run
             print(f"{run.name}: {error!r}"[:600], flush=True)
+            failed.add(run.name)
             continue
         kept[run.name] = {**record, "name": run.name}
-        left.remove(run)
         records.write(out, list(kept.values()))
         print(f"{run.name}: {said(record)}, {time.monotonic() - start:.0f} s in all", flush=True)
     pictures(folder, out, list(kept.values()), options.picture)
-    print(f"{len(left)} of {len(planned)} runs left after {time.monotonic() - begun:.0f} s: "
-          f"{', '.join(run.name for run in left)}", flush=True)  # fmt: skip
-    return 1 if left else 0
+    missing = left()
+    print(f"{len(missing)} runs left after {time.monotonic() - begun:.0f} s: "
+          f"{', '.join(run.name for run in missing)}", flush=True)  # fmt: skip
+    return 1 if missing else 0
 
 
 def forget() -> None:

@@ -280,11 +280,16 @@ def test_claims_follow_from_records(benchmarks, monkeypatch):
     names = [job.name for job in script.jobs(["layers", "models"], False, {})]
     assert len(set(names)) == len(names)
     metrics = {"pixelfly_ms": 1.0, "butterfly_ms": 3.5, "step_ms": 2.0, "valid_loss": 1.5}
-    runs = {name: {"metrics": metrics, "config": {"rate": 1e-3}} for name in names}
+    specs = {"butterfly": "block_butterfly:butterfly_size=8:nfactors=3"}
+    runs = {name: {"name": name, "metrics": metrics, "config": {"rate": 1e-3, "specs": specs}} for name in names}
+    alone = {"butterfly": "block_butterfly:butterfly_size=8:nfactors=1"}  # no product
+    runs["layer 4096x1024 d0.25"] = {**runs[names[0]], "name": "layer 4096x1024 d0.25", "config": {"specs": alone}}
     quality = [f"quality {name} lr0.001 s{seed}" for name in script.CONTENDERS for seed in (0, 1)]
     monkeypatch.setattr(claims, "found", lambda: runs | dict.fromkeys(quality, runs[names[0]]))
     found = {claim: measure() for claim, _, _, measure in claims.ROWS}
     assert [verdict for _, verdict in found.values()] == [True, False, False, False, False, True, True]
+    assert "4096x4096 at 0.25 3.50" in found["faster than the product of butterfly factors"][0]
+    assert "4096x1024 at 0.25" not in found["faster than the product of butterfly factors"][0]
     assert found["GPT-2 medium trains faster"][0] == "GPT-2 medium 1.00 times dense's speed, whole step"
 
 

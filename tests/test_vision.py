@@ -446,8 +446,8 @@ benchmark = script("vision")
 def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(recipe: str) -> None:
     if recipe.startswith("vit"):
         pytest.importorskip("transformers")
-    runs = list(benchmark.plan(40))
-    assert len({run.name for run in runs}) == len(runs) == 3 * (4 * 5 + 3 * 6) + 16 + 2 * 5 + 3 * 6
+    runs = list(benchmark.plan(40, SWEEP))
+    assert len({run.name for run in runs}) == len(runs) == 3 + 3 * (4 * 5 + 3 * 6) + 16 + 2 * 5 + 3 * 6
     (shape,) = {benchmark.SHAPES[run.data] for run in runs if run.recipe == recipe and run.data}
     with torch.device("meta"):
         dense = models.build(find(recipe), shape, 10)
@@ -456,6 +456,23 @@ def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(reci
         rules = dict.fromkeys(models.layers_of(dense)[fields.layers], sl.spec.parse(fields.structure))
         swaps = sl.to_structured_(dense, rules, dry_run=True)
         assert sum(swap.params for swap in swaps) <= 0.5 * sum(swap.dense_params for swap in swaps), run.name
+
+
+SWEEP = {
+    f"vit_cifar10@{rate:g}-dense-s0": {"metrics": {"accuracy": accuracy}}
+    for rate, accuracy in ((2.5e-4, 0.7), (5e-4, 0.8), (1e-3, 0.6))
+}
+
+
+def test_all_train_at_the_rate_at_which_dense_was_best() -> None:
+    before = {run.name: run for run in benchmark.plan(40, {})}
+    assert {name for name in before if name.startswith("vit_cifar10")} == set(SWEEP)
+    assert not any(name.startswith("vit_tiny") for name in before)
+    assert "mixer_cifar10-dense-s0" in before
+    after = {run.name: run for run in benchmark.plan(40, SWEEP)}
+    for name in ("vit_cifar10-dense-s0", "vit_cifar10-btt4-s2", "vit_tiny_imagenet-monarch4-s1"):
+        assert after[name].given["lr"] == 5e-4
+    assert "lr" not in after["mixer_cifar10-dense-s0"].given
 
 
 def run_record(name: str, accuracy: float, step: float, share: float = 1.0) -> dict[str, Any]:
