@@ -53,3 +53,28 @@ def test_a_length_that_does_not_split_is_an_error_with_the_nearest(length, near)
 def test_a_real_type_is_an_error():
     with pytest.raises(ValueError, match=r"dtype=torch\.float32 is given; allowed: torch\.complex64"):
         MonarchFourier(8, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("length", [4, 12, 35])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_matrix_and_its_parts_are_what_rows_are_multiplied_by(length: int, inverse: bool) -> None:
+    transform = MonarchFourier(length, inverse, dtype=torch.complex128)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in transform.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    whole = transform(torch.eye(length, dtype=torch.complex128))
+    places = torch.tensor([length - 1, 0, 2])
+    torch.testing.assert_close(transform.matrix(), whole)
+    torch.testing.assert_close(transform.matrix(rows=places), whole[places])
+    torch.testing.assert_close(transform.matrix(columns=places), whole[:, places])
+    with pytest.raises(ValueError, match="allowed: one of them"):
+        transform.matrix(places, places)
+
+
+def test_gradients_of_a_part_are_those_of_the_whole() -> None:
+    transform, places = MonarchFourier(12, dtype=torch.complex128), torch.tensor([1, 5, 11])
+    d = torch.randn(12, 3, dtype=torch.complex128)
+    parts = torch.autograd.grad(transform.matrix(columns=places), tuple(transform.parameters()), d)
+    whole = transform(torch.eye(12, dtype=torch.complex128))[:, places]
+    torch.testing.assert_close(parts, torch.autograd.grad(whole, tuple(transform.parameters()), d))

@@ -79,6 +79,35 @@ class MonarchFourier(nn.Module):
         y: Tensor = self.linear(x)
         return y
 
+    def matrix(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """What rows are multiplied by, complex ``[length, length]``, or the part of it at these rows or columns.
+
+        An entry is a product of two weights, so a part costs no more than its entries.
+
+        Args:
+            rows: their places, int64 ``[n]``; all by default.
+            columns: the same, not given together with rows.
+
+        Raises:
+            ValueError: when both are given.
+        """
+        w1, w2 = self.linear.w1, self.linear.w2  # [k, j, i] and [j, o, k]; the input at i K + k, the output at o I + j
+        assert isinstance(w1, Tensor)
+        assert isinstance(w2, Tensor)
+        second, first, _ = w1.shape
+        if rows is not None:
+            if columns is not None:
+                raise ValueError("rows and columns are given; allowed: one of them")
+            i, k = rows // second, rows % second
+            part = w1[k, :, i].unsqueeze(1) * w2[:, :, k].permute(2, 1, 0)  # [n, o, j]
+            return part.flatten(1)
+        if columns is not None:
+            o, j = columns // first, columns % first
+            part = w1[:, j].permute(2, 0, 1) * w2[j, o].T  # [i, k, n]
+            return part.flatten(0, 1)
+        whole = w1.permute(2, 0, 1).unsqueeze(2) * w2.permute(2, 1, 0)  # [i, k, o, j]
+        return whole.flatten(2).flatten(0, 1)
+
     def extra_repr(self) -> str:
         """Length and direction."""
         return f"length={self.length}, inverse={self.inverse}"

@@ -32,6 +32,14 @@ class ExactFourier(nn.Module):
         y: Tensor = torch.fft.ifft(x) if self.inverse else torch.fft.fft(x)
         return y
 
+    def matrix(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """See `MonarchFourier.matrix`; complex64."""
+        every = torch.arange(self.length, device=next((x.device for x in (rows, columns) if x is not None), None))
+        turns = (every if rows is None else rows)[:, None] * (every if columns is None else columns) % self.length
+        sign, scale = (1, 1 / self.length) if self.inverse else (-1, 1.0)
+        found: Tensor = scale * torch.exp(sign * 2j * torch.pi * turns.double() / self.length)
+        return found.to(torch.complex64)
+
 
 class SpectralConv(nn.Module):
     """A layer on the lowest modes of functions on a grid of one or two axes.
@@ -62,15 +70,15 @@ class SpectralConv(nn.Module):
 
     def matrices(self) -> list[Tensor]:
         """Real matrices of the transforms, cut to the modes: along the last axis forth and back, then the first."""
-        there, back = ([self._matrix(t) for t in side] for side in (self.forth, self.back))
-        lowest = there[-1][:, : self.modes]
+        device, m, n = self.weight.device, self.modes, self.shape[0]
+        first = torch.arange(m, device=device)
+        lowest = _part(self.forth[-1], columns=first)
         # a real function has its negative modes too, so all but the mean count twice
-        twice = torch.where(torch.arange(self.modes, device=lowest.device) > 0, 2.0, 1.0)[:, None]
-        inverse = twice * back[-1][: self.modes]
+        inverse = torch.where(first > 0, 2.0, 1.0)[:, None] * _part(self.back[-1], rows=first)
         found = [torch.cat([lowest.real, lowest.imag], 1).T, torch.cat([inverse.real, -inverse.imag]).T]
         if len(self.shape) == 2:
-            kept = [*range(self.modes), *range(self.shape[0] - self.modes, self.shape[0])]
-            found += [_real_form(there[0][:, kept]), _real_form(back[0][kept])]
+            kept = torch.cat([first, torch.arange(n - m, n, device=device)])
+            found += [_real_form(_part(self.forth[0], columns=kept)), _real_form(_part(self.back[0], rows=kept))]
         return [matrix.contiguous() for matrix in found]
 
     def forward(self, x: Tensor, last: Tensor, from_last: Tensor, *first: Tensor) -> Tensor:
@@ -86,13 +94,6 @@ class SpectralConv(nn.Module):
         if first:
             z = _along(first[1], z.reshape(batch, -1, m * c))
         return _along(from_last, z.reshape(batch * lines, 2 * m, c)).view(x.shape)
-
-    def _matrix(self, transform: nn.Module) -> Tensor:
-        """What ``transform`` multiplies rows by, complex ``[length, length]``."""
-        length = transform.length
-        assert isinstance(length, int)
-        found: Tensor = transform(torch.eye(length, dtype=torch.complex64, device=self.weight.device))
-        return found
 
 
 class FNO(Stepper):
@@ -155,6 +156,11 @@ class FNO(Stepper):
             x = x.narrow(axis, 0, length)
         found: Tensor = self.head(F.gelu(self.hidden(x)))
         return found
+
+
+def _part(transform: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    assert isinstance(transform, ExactFourier | MonarchFourier)
+    return transform.matrix(rows, columns)
 
 
 def _along(matrix: Tensor, x: Tensor) -> Tensor:
