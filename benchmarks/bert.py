@@ -8,7 +8,8 @@ gets the special tokens of BERT. BERT-base is pretrained dense, with Monarch in 
 (scratch) and with Monarch for 70% of the updates and dense weights afterwards (reverse); the dense one is also
 projected to Monarch by ``structlin convert`` (projected). All four are then tuned on each task, in float32 with TF32
 products. Two seeds of everything. BERT-large runs for a few updates, for its speed. A run has a GPU for itself while it
-is pretrained; three models are tuned on one GPU at a time. Nothing starts that is not expected to end within --limit,
+is pretrained, or with --turns 2 shares it with another, one of which trains while the other starts and compiles; three
+models are tuned on one GPU at a time. Nothing starts that is not expected to end within --limit,
 and what is not done by then is ended. The same command goes on with what is missing.
 """
 
@@ -28,10 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from language import HERE, ROOT, Book, thinned
+from language import HERE, ROOT, Book, thinned, visible
 from language_plans import MONARCHS
 
 from structlin import recipes
+from structlin.once import ALONE
 from structlin.report import records as store
 from structlin.report.records import Record
 from structlin.train.recipe import Recipe
@@ -62,10 +64,9 @@ class Job:
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
     after: str = ""  # the run whose model it reads
 
-    @property
-    def load(self) -> float:
+    def load(self, turns: int) -> float:
         """Share of a GPU."""
-        return 1.0 if self.recipe else 1.0 / SHARE
+        return 1.0 / (turns if self.recipe else SHARE)
 
 
 def plan(smoke: bool, steps: int) -> list[Job]:
@@ -98,8 +99,8 @@ def plan(smoke: bool, steps: int) -> list[Job]:
 class Place:
     """Where runs and data lie, and how a job is started."""
 
-    def __init__(self, folder: Path, data: Path, smoke: bool) -> None:
-        self.folder, self.data, self.smoke = folder, data, smoke
+    def __init__(self, folder: Path, data: Path, smoke: bool, turns: int = 1) -> None:
+        self.folder, self.data, self.smoke, self.turns = folder, data, smoke, turns
 
     def file(self, kind: str, name: str) -> Path:
         """A file of the data, packed or not; ValueError where it is missing."""
@@ -152,10 +153,14 @@ class Place:
         here = self.folder / job.name
         here.mkdir(parents=True, exist_ok=True)
         caches = {f"{name}_CACHE_DIR": str(self.folder / "compiled" / name) for name in ("TORCHINDUCTOR", "TRITON")}
-        env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": str(gpu), "TOKENIZERS_PARALLELISM": "false",
+        device = (visible() or list(map(str, range(gpus))))[gpu]
+        env = {**os.environ, **caches, "CUDA_VISIBLE_DEVICES": device, "TOKENIZERS_PARALLELISM": "false",
                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus // SHARE)),
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"),
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+        env.pop(ALONE, None)
+        if self.turns > 1 and job.recipe:
+            env[ALONE] = os.environ.get(ALONE) or str(self.folder.resolve() / f"gpu{gpu}.lock")
         with open(here / "log.txt", "wb") as log:
             return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
 
@@ -230,9 +235,9 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, keep: Any) 
         while waiting or active:
             for gpu in range(gpus):
                 for job in list(waiting):
-                    used = sum(other.load for other, there, _, _ in active if there == gpu)
+                    used = sum(other.load(place.turns) for other, there, _, _ in active if there == gpu)
                     ready = not job.after or (place.folder / job.after / "record.json").exists()
-                    if ready and used + job.load <= 1.01 and time.monotonic() + job.seconds <= limit:
+                    if ready and used + job.load(place.turns) <= 1.01 and time.monotonic() + job.seconds <= limit:
                         waiting.remove(job)
                         active.append((job, gpu, place.start(job, gpu, gpus), time.monotonic()))
                         print(f"gpu {gpu}: {job.name}, about {job.seconds:.0f} s", flush=True)
@@ -304,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", help="records, added to; default: results/bert-h200.json, or FOLDER/bert.json with --smoke")
     add("--gpus", type=int, default=1)
     add("--limit", type=float, default=470.0, help="seconds after which nothing runs any more")
+    add("--turns", type=int, default=1, choices=(1, 2), help="runs on a GPU at once, of which one trains")
     add("--steps", type=int, default=STEPS, help="updates of BERT-base")
     add("--smoke", action="store_true", help="tiny models on a CPU")
     add("--tune", metavar="NAME", help="for the processes that this one starts")
@@ -312,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.data:
         print("bert.py: error: --data is not given; allowed: a folder, here or in STRUCTLIN_DATA", file=sys.stderr)
         return 2
-    place = Place(folder, Path(options.data), options.smoke)
+    place = Place(folder, Path(options.data), options.smoke, options.turns)
     try:
         if options.tune:
             tune(place, options.tune)

@@ -166,7 +166,7 @@ class Place:
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
         env.pop(ALONE, None)
         if self.turns > 1:
-            env[ALONE] = str(self.folder.resolve() / f"gpu{gpu}.lock")
+            env[ALONE] = os.environ.get(ALONE) or str(self.folder.resolve() / f"gpu{gpu}.lock")
         with open(here / f"{job.part.replace(':', '-')}.log", "wb") as log:
             return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
 

@@ -26,12 +26,13 @@ def processes(session: int) -> list[int]:
     return found
 
 
-def tell(sessions: Iterable[int], what: signal.Signals) -> None:
-    """Send a signal to every process of the sessions."""
+def tell(sessions: Iterable[int], what: signal.Signals, but: int | None = None) -> None:
+    """Send a signal to every process of the sessions, but to those of one group."""
     for session in sessions:
         for process in processes(session):
             with suppress(ProcessLookupError):
-                os.kill(process, what)
+                if os.getpgid(process) != but:
+                    os.kill(process, what)
 
 
 def waiting(lines: Iterable[str], holder: int) -> int | None:
@@ -68,14 +69,14 @@ class Turns:
             while not self._ended.wait(LOOK):
                 if (process := waiting(LOCKS.read_text().splitlines(), os.getpid())) is not None:
                     with suppress(ProcessLookupError):  # it ended meanwhile
-                        self._give(lock.fileno(), os.getsid(process))
+                        self._give(lock.fileno(), os.getpgid(process))
                     tell(self.sessions(), signal.SIGCONT)
 
-    def _give(self, lock: int, session: int) -> None:
-        """Let ``session`` have the lock until it is free again."""
+    def _give(self, lock: int, group: int) -> None:
+        """Let a process of ``group`` have the lock until it is free again."""
 
         def stop() -> None:
-            tell([other for other in self.sessions() if other != session], signal.SIGSTOP)
+            tell(self.sessions(), signal.SIGSTOP, but=group)
 
         stop()
         self._ended.wait(SETTLE)

@@ -219,11 +219,12 @@ def test_a_stage_is_planned_when_the_one_before_has_run_and_failures_are_tried_a
 
 
 def test_only_runs_that_take_turns_wait_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRUCTLIN_TIMING_LOCK", "another")
     code = "import os; print(os.environ.get('STRUCTLIN_TIMING_LOCK'))"
     monkeypatch.setattr(language.Place, "command", lambda self, job: [sys.executable, "-c", code])
     job = language.Job(plans.run("tiny_gpt2", 1, name="one"), "train")
-    for share, turns, lock in ((3, 1, "None"), (1, 2, str(tmp_path / "gpu0.lock"))):
+    own = str(tmp_path / "gpu0.lock")
+    for share, turns, given, lock in ((3, 1, "another", "None"), (1, 2, "another", "another"), (1, 2, "", own)):
+        monkeypatch.setenv("STRUCTLIN_TIMING_LOCK", given)
         place = language.Place(tmp_path, None, share=share, turns=turns)
         place.start(job, 0, 1).wait()
         assert (tmp_path / "one" / "train.log").read_text().strip() == lock

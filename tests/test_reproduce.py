@@ -116,16 +116,28 @@ while not turns.exists() or len(turns.read_text().splitlines()) < 6:
 time.sleep(0.3)
 child.kill()
 """
+PARENT = """
+import subprocess, sys, time
+
+with open("runs/ticks", "w") as file:
+    child = subprocess.Popen([sys.executable, "tools/timer.py"], process_group=0)
+    ended = None
+    while ended is None or time.time() < ended + 0.3:
+        print(time.time(), file=file)
+        time.sleep(0.01)
+        ended = ended or (None if child.poll() is None else time.time())
+"""
 
 
 @pytest.mark.skipif(not reproduce.LOCKS.exists(), reason="this system does not say who waits for a lock")
-@pytest.mark.parametrize("turns", [False, True], ids=["times nothing", "times later"])
-def test_others_stop_while_one_times(options: Namespace, turns: bool) -> None:
+@pytest.mark.parametrize("kind", ["times nothing", "times later", "has a child that times"])
+def test_others_stop_while_one_times(options: Namespace, kind: str) -> None:
     options.gpus = 1
-    for name, code in (("timer", TIMER), ("ticker", TICKER), ("ticks", TICKS)):
+    for name, code in (("timer", TIMER), ("ticker", TICKER), ("ticks", TICKS), ("parent", PARENT)):
         Path(options.data, f"{name}.py").write_text(code, encoding="utf-8")
-    timers = [reproduce.Task(f"timer-{n}", "python tools/timer.py", 0, 0.1, turns=True) for n in (1, 2)]
-    ticker = reproduce.Task("ticker", "python tools/ticker.py", 0, 0.5, turns=turns)
+    script, count = ("parent", 1) if kind == "has a child that times" else ("ticker", 2)
+    timers = [reproduce.Task(f"timer-{n}", "python tools/timer.py", 0, 0.1, turns=True) for n in range(count)]
+    ticker = reproduce.Task("ticker", f"python tools/{script}.py", 0, 0.5, turns=kind != "times nothing")
     assert reproduce.work([ticker, *timers], options) == []
     runs = Path(options.folder, "runs")
     ticks = [float(line) for line in (runs / "ticks").read_text().splitlines()]
