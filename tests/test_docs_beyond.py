@@ -129,11 +129,21 @@ def sparse_layers() -> list[str]:
     return rows
 
 
+def burgers() -> list[str]:
+    found = metrics("burgers-cpu.json")
+    said = []
+    for model in ("fno", "monarch_no"):
+        values = [found[f"burgers-{model}-s{seed}"]["test_relative_l2"] for seed in range(3)]
+        said.append(f"{sum(values) / 3:.4f} ± {(max(values) - min(values)) / 2:.4f}")
+    return said
+
+
 PAGES = {
     "vision.md": [small_models, on_a_gpu, steps_of_the_paper],
     "mri.md": [mri, mri_of_one_seed],
     "attention.md": [attention],
     "sparsify.md": [sparse_models, sparse_layers],
+    "operators.md": [burgers],
 }
 
 
