@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 WHOLE = "structlin_whole"
-"""What ``attn_implementation`` is called. Compiled, transformers would write out a mask even where there is nothing to
-hide, and PyTorch's fast kernels take none: a ViT would run on plain products in float32."""
+"""What ``attn_implementation`` is called. Where a compilation looks like an export, as it does with PyTorch 2.11,
+transformers would write out a mask that hides nothing, and PyTorch's fast kernels take none."""
 
 
 def whole() -> str:
