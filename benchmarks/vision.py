@@ -337,9 +337,8 @@ def said(record: Record) -> str:
     if record["status"] == "failed":
         return f"failed: {record['error']}"
     accuracy = f"test accuracy {metrics['test_accuracy']:.4f}, " if "test_accuracy" in metrics else ""
-    return (
-        f"{accuracy}{1e3 * (metrics['step_seconds'] or 0):.2f} ms a step, {metrics['params_share']:.1%} of the weights"
-    )
+    step = f"{1e3 * metrics['step_seconds']:.2f} ms a step, " if metrics["step_seconds"] else ""
+    return f"{accuracy}{step}{metrics['params_share']:.1%} of the weights"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
