@@ -495,6 +495,7 @@ def test_a_killed_process_loses_only_its_trial(tmp_path: Path) -> None:
         ("--preset smoke --space head_btt:rank=1", "--space: head_btt:rank=1 is for attention"),
         ("--preset smoke --device cpu --share 100000", "--share: 100000 threads are given; allowed: up to "),
         ("--preset smoke --budget 1", "--budget: 1 is given; one step of dense at width 8 costs more than 1 FLOPs"),
+        ("--preset smoke --budget 1e300", "--budget: 1e+300 is given; it pays "),
         ("--preset smoke --task images", "--data: 0 paths are given; this task needs one folder of images"),
     ],
 )

@@ -23,6 +23,7 @@ GROW = ("width", "steps")
 TRAINING = 3  # a backward pass costs two forward ones
 WIDEST = 8  # times the width of the task
 BEYOND = 2  # times the limit: a wider model can cost less, where its width divides better, but not by that
+MOST_STEPS = 2**31  # as of the option that gives them
 LARGEST_ODD_PART = 7  # of a width, so that it has the digits that structures ask for
 
 
@@ -70,7 +71,8 @@ def fit(task: Task, candidate: str, equal: str, grow: str, budget: float | None)
         budget: in FLOPs or parameters, None for what the dense model takes; seconds do not matter here.
 
     Raises:
-        ValueError: where no width up to eight times the task's fits the structure and the budget.
+        ValueError: where no width up to eight times the task's fits the structure and the budget, or the budget pays
+            less than one step or more than any run takes.
     """
     sizes = task.sizes
     example = TRAINING * sizes.batch
@@ -86,6 +88,10 @@ def fit(task: Task, candidate: str, equal: str, grow: str, budget: float | None)
     steps = int(by_flops / (example * size.flops) + 1e-6)
     if steps < 1:
         raise ValueError(f"one step of {candidate} at width {size.width} costs more than {by_flops:.3g} FLOPs")
+    if steps >= MOST_STEPS:
+        raise ValueError(
+            f"it pays {steps:.3g} steps of {candidate} at width {size.width}; allowed: below {MOST_STEPS:.3g}"
+        )
     return Size(size.width, steps, size.params, size.flops)
 
 
