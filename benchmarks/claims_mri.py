@@ -16,7 +16,8 @@ TITLE = "Accelerated MRI"
 INTRO = (
     "Published on the SKM-TEA knee scans (two echoes, E1 and E2); here on brain slices with simulated coils, so that "
     "differences between methods compare and absolute numbers do not. SENSE's weight and "
-    "brightness are tuned on training slices."
+    "brightness are tuned on training slices. The measured k-space at hand has samples at an eighth of its places, so "
+    "nobody knows its true image, and nothing is compared on it."
 )
 SEEDS, FEW = range(3), (1, 5, 20, 100)
 Measure = Callable[[], Finding]
@@ -34,20 +35,19 @@ def value(record: Record, name: str) -> float:
     return number
 
 
-def above_sense(label: str, accelerations: tuple[int, ...], paths: Sequence[Path] = PATHS) -> Finding:
+def above_sense(accelerations: tuple[int, ...], paths: Sequence[Path] = PATHS) -> Finding:
     """What the learned transform gains over SENSE at its best brightness; reproduced where it
     gains in both with every seed."""
     said, gains, where = [], [], set()
     for acceleration in accelerations:
-        runs = [found(paths).get(f"monarch_sense{label}-{acceleration}x-s{seed}") for seed in SEEDS]
+        runs = [found(paths).get(f"monarch_sense-{acceleration}x-s{seed}") for seed in SEEDS]
         if None in runs:
             return None
         where |= {run["device"]["type"] for run in runs if run}
-        part = "measured_" if label else ""
         texts = []
         for metric, form in (("psnr_db", ".2f"), ("ssim", ".3f")):
-            ours = [value(run, part + metric) for run in runs if run]
-            start = [value(run, f"{part}scaled_sense_{metric}") for run in runs if run]
+            ours = [value(run, metric) for run in runs if run]
+            start = [value(run, f"scaled_sense_{metric}") for run in runs if run]
             gains += [a - b for a, b in zip(ours, start, strict=True)]
             half = (max(ours) - min(ours)) / 2
             texts.append(f"{mean(ours):{form}} ± {half:{form}} over {mean(start):{form}}")
@@ -88,13 +88,7 @@ ROWS: list[tuple[str, str, str, Measure]] = [
         "SENSE with a Monarch transform above SENSE, three accelerations",
         "E1 pSNR 34.3 over 32.8, 32.3 over 30.9, 31.2 over 30.1; SSIM .886 over .871, .843 over .819, .812 over .789",
         "Dao et al. 2022, table 3.4",
-        lambda: above_sense("", (2, 4, 8)),
-    ),
-    (
-        "The same on measured 8-coil k-space",
-        "as above, measured knees",
-        "Dao et al. 2022, table 3.4",
-        lambda: above_sense("-measured", (2, 4, 8)),
+        lambda: above_sense((2, 4, 8)),
     ),
     (
         "Better than a U-Net after few training examples",

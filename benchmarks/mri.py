@@ -4,11 +4,12 @@
     PYTHONPATH=src python benchmarks/mri.py --small --out results/mri-cpu.json --picture docs/img/mri.png
 
 The folder of images (--data, or STRUCTLIN_MRI) is as docs/mri.md says. Every run is that of a recipe, at 2x, 4x and
-8x with three seeds; then at the size of the measured k-space, with few training slices, and the U-Net on SENSE's
-image. No run starts that is not expected to end within --limit seconds, by the longest of its method so far; a run
-whose record is in --out is not run again, so the same command goes on with what is missing. Records hold no curves.
-The picture is drawn once the runs that it shows have left their models in --runs. --small has small images, few
-slices and a small U-Net, for a CPU; --smoke has one tiny run of each kind, to see that the script works.
+8x with three seeds; then with few training slices, and the U-Net on SENSE's image; with --measured also at the size of
+a scan, which has to be sampled at every place. No run starts that is not expected to end within --limit seconds, by the
+longest of its method so far; a run whose record is in --out is not run again, so the same command goes on with what is
+missing. Records hold no curves. The picture is drawn once the runs that it shows have left their models in --runs.
+--small has small images, few slices and a small U-Net, for a CPU; --smoke has one tiny run of each kind, to see that
+the script works.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Run:
         return dataclasses.replace(recipe, **{**METHODS[self.method], **self.fields, "name": self.name})
 
 
-def plan(base: Mapping[str, Any], small: bool) -> Iterator[Run]:
-    """The runs, those that matter most first."""
+def plan(base: Mapping[str, Any], measured: bool) -> Iterator[Run]:
+    """The runs, those that matter most first; with ``measured`` also at the size of a scan."""
     every = [(a, s) for a in ACCELERATIONS for s in SEEDS]
 
     def runs(method: str, settings: list[tuple[int, int]], label: str = "", **more: Any) -> Iterator[Run]:
@@ -79,7 +80,7 @@ def plan(base: Mapping[str, Any], small: bool) -> Iterator[Run]:
 
     yield from runs("monarch_sense", every)
     yield from runs("unet", every)
-    if not small:
+    if measured:
         for method in ("monarch_sense", "unet"):
             yield from runs(method, every, "-measured", size=MEASURED)
     for shots in SHOTS:
@@ -88,11 +89,12 @@ def plan(base: Mapping[str, Any], small: bool) -> Iterator[Run]:
     yield from runs("unet_on_sense", every)
 
 
-def smoke(base: Mapping[str, Any]) -> Iterator[Run]:
+def smoke(base: Mapping[str, Any], measured: bool) -> Iterator[Run]:
     """One tiny run of each kind."""
     for method in METHODS:
         yield Run(f"{method}-4x-s0", {**base, **SMOKE})
-    yield Run("monarch_sense-measured-4x-s0", {**base, **SMOKE, "size": MEASURED})
+    if measured:
+        yield Run("monarch_sense-measured-4x-s0", {**base, **SMOKE, "size": MEASURED})
 
 
 def line(record: Record) -> str:
@@ -140,6 +142,9 @@ def main() -> int:
     parser.add_argument("--picture", help="PNG to draw at the end")
     parser.add_argument("--limit", type=float, default=290, help="seconds after which nothing starts")
     parser.add_argument("--small", action="store_true", help="small images, for a CPU")
+    parser.add_argument(
+        "--measured", action="store_true", help="also runs at the size of the folder's measured k-space"
+    )
     parser.add_argument("--smoke", action="store_true", help="one tiny run of each kind")
     parser.add_argument("--only", default="*", help="runs by name, as 'unet-4x-*'; default: all")
     options = parser.parse_args()
@@ -148,7 +153,7 @@ def main() -> int:
         base |= SMALL
     start, longest, out, folder = time.monotonic(), dict[str, float](), Path(options.out), Path(options.runs)
     found = records.read(out) if out.exists() else []
-    planned = smoke(base) if options.smoke else plan(base, options.small)
+    planned = smoke(base, options.measured) if options.smoke else plan(base, options.measured)
     todo = [run for run in planned if fnmatchcase(run.name, options.only)]
     for run in todo:
         if any(record["name"] == run.name for record in found):

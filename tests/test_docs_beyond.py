@@ -55,14 +55,14 @@ def steps_of_the_paper() -> list[str]:
     return rows
 
 
-def mri_rows(name: str, columns: list[tuple[str, str]], label: str = "", part: str = "") -> list[str]:
+def mri_rows(name: str, columns: list[tuple[str, str]]) -> list[str]:
     """pSNR and SSIM, means over three seeds, of the models and methods of ``columns``."""
     runs, rows = metrics(name), []
     for acceleration in (2, 4, 8):
         cells = []
         for model, method in columns:
-            found = [runs[f"{model}-{label}{acceleration}x-s{seed}"] for seed in range(3)]
-            psnr, ssim = (sum(run[f"test_{part}{method}{n}"] for run in found) / 3 for n in ("psnr_db", "ssim"))
+            found = [runs[f"{model}-{acceleration}x-s{seed}"] for seed in range(3)]
+            psnr, ssim = (sum(run[f"test_{method}{n}"] for run in found) / 3 for n in ("psnr_db", "ssim"))
             cells.append(f"{psnr:.2f} / {ssim:.3f}")
         rows.append(f"| {acceleration}x | {' | '.join(cells)} |")
     return rows
@@ -72,8 +72,7 @@ def mri() -> list[str]:
     classical = [("monarch_sense", f"{method}_") for method in ("zero_filled", "sense", "scaled_sense")]
     learned = [*classical, ("monarch_sense", "")]
     small = mri_rows("mri-cpu.json", [*learned, ("unet", "")])
-    return [*small, *mri_rows("mri-full-cpu.json", learned),
-            *mri_rows("mri-full-cpu.json", learned, "measured-", "measured_")]  # fmt: skip
+    return [*small, *mri_rows("mri-full-cpu.json", learned)]
 
 
 def mri_of_one_seed() -> list[str]:

@@ -142,6 +142,12 @@ def test_folders_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> No
     np.save(tmp_path / "kspace.npy", np.zeros((3, 4)))
     with pytest.raises(OptionError, match=r"kspace.npy: holds float64 \[3, 4\], not finite complex"):
         files.read(tmp_path, SIDE, SIDE)
+    kspace = np.load(folder / "kspace.npy")
+    thinned = kspace * (np.random.default_rng(0).random(kspace.shape[1:]) < 0.3)
+    np.save(tmp_path / "kspace.npy", thinned)
+    with pytest.raises(OptionError, match=r"--size, --data: .* a measured k-space with samples at \d\d% of its places"):
+        MriProblem(tiny(tmp_path))
+    MriProblem(tiny(tmp_path, size=(SIDE, SIDE - 2)))  # where it is not used
     with pytest.raises(OptionError, match="--shots, --valid-slices: 40 and 8 are given; there are 40"):
         MriProblem(tiny(folder, shots=40))
     with pytest.raises(OptionError, match="--data: 0 folders are given"):
@@ -350,7 +356,7 @@ def a_run(name: str, psnr: float) -> Any:
 def test_claims_follow_from_records(tmp_path: Path) -> None:
     module, path = script("claims_mri"), tmp_path / "records.json"
     paths = [tmp_path / "older.json", path]
-    assert module.above_sense("", (2,), paths) is module.few_shot(paths) is module.smaller(paths) is None
+    assert module.above_sense((2,), paths) is module.few_shot(paths) is module.smaller(paths) is None
     few = [a_run(f"{method}-shots{n}-4x-s{s}", 32 - n / 20 if method == "monarch_sense" else 28 + n / 20)
            for method in ("monarch_sense", "unet") for n in (1, 5, 20, 100) for s in range(3)]  # fmt: skip
     full = [
@@ -359,7 +365,7 @@ def test_claims_follow_from_records(tmp_path: Path) -> None:
     ]
     records.write(path, [*few, *full])
     records.write(paths[0], [a_run("monarch_sense-2x-s0", 1.0)])
-    said, verdict = module.above_sense("", (2, 4), paths)
+    said, verdict = module.above_sense((2, 4), paths)
     assert verdict
     assert said.startswith("2x: 31.10 ± 0.10 over 30.00 dB, SSIM 0.622 ± 0.002 over 0.600; 4x")
     assert said.endswith("(3 seeds, on a CPU)")
@@ -368,7 +374,7 @@ def test_claims_follow_from_records(tmp_path: Path) -> None:
     assert "1: 31.95 / 0.639 beside 28.05 / 0.561" in said
     assert module.smaller(paths) == ("100 times fewer (7 complex, 1,400 real)", True)
     records.write(path, [*few, *full[:-1], a_run("monarch_sense-4x-s2", 29.9)])
-    assert module.above_sense("", (2, 4), paths)[1] is False
+    assert module.above_sense((2, 4), paths)[1] is False
 
 
 @pytest.mark.slow

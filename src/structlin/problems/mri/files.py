@@ -45,6 +45,7 @@ class Images:
         train, test: grey slices, float32 ``[n, height, width]`` from 0 to 1, each as large as asked for.
         volumes: name -> planes of a volume across its last axis, from the same range and of the same size.
         kspace: measured k-space, complex64 ``[coils, height, width]`` of its own size, frequency 0 first, or None.
+        sampled: share of its places at which a coil measured something.
         sha256: of the bytes of every file that was read.
     """
 
@@ -52,6 +53,7 @@ class Images:
     test: Tensor
     volumes: dict[str, Tensor]
     kspace: Tensor | None
+    sampled: float
     sha256: str
 
 
@@ -87,18 +89,18 @@ def _read(folder: Path, height: int, width: int, stamps: tuple[tuple[Path, int, 
             data = path.read_bytes()
             digest.update(data)
             volumes[path.name.partition(".")[0]] = planes(read_nifti(data), height, width)
-        kspace = None
+        kspace, sampled = None, 0.0
         for path in sorted(folder.glob("*kspace*.npy")):
             name = path
             if kspace is not None:
                 raise ValueError("is a second measured k-space in this folder")
             data = path.read_bytes()
             digest.update(data)
-            kspace = _measured(data)
+            kspace, sampled = _measured(data)
     except (OSError, EOFError, ValueError, struct.error, tarfile.TarError, lzma.LZMAError) as error:
         raise OptionError("--data", f"{name}: {error}; {ALLOWED}") from None
     train, test = (torch.stack(slices[part]) for part in ("train", "test"))
-    return Images(train, test, volumes, kspace, digest.hexdigest())
+    return Images(train, test, volumes, kspace, sampled, digest.hexdigest())
 
 
 def fit(image: Tensor, height: int, width: int, fill: bool = False) -> Tensor:
@@ -173,8 +175,9 @@ def _grey(data: bytes) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L"), dtype=np.float32))
 
 
-def _measured(data: bytes) -> Tensor:
-    """Centred k-space as one with frequency 0 first, whose inverse transform is the centred image, largest value 1."""
+def _measured(data: bytes) -> tuple[Tensor, float]:
+    """Centred k-space as one with frequency 0 first, whose inverse transform is the centred image, largest value 1; and
+    the share of places that are not empty."""
     array: Array = np.load(io.BytesIO(data), allow_pickle=False)
     if array.ndim != 3 or not np.iscomplexobj(array) or not np.isfinite(array).all():
         raise ValueError(f"holds {array.dtype} {list(array.shape)}, not finite complex [coils, height, width]")
@@ -182,4 +185,4 @@ def _measured(data: bytes) -> Tensor:
     axes = (-2, -1)
     coils = torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=axes)), dim=axes)
     transformed: Tensor = torch.fft.fft2(coils / coils.abs().square().sum(0).sqrt().max())
-    return transformed
+    return transformed, float((array != 0).any(0).mean())

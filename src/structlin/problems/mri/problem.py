@@ -27,6 +27,7 @@ from .sense import coil_maps, sense, zero_filled
 WEIGHTS = (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Tikhonov's weights that are tried."""
 TUNING_SLICES, TOGETHER = 16, 32
+SAMPLED = 0.5  # of the places of measured k-space at least; corners are often left out, and the rest is the truth
 SPLIT_SEED = 0  # the slices to validate on are the same in all runs
 
 
@@ -48,7 +49,8 @@ class MriProblem(Problem):
             it where its rows and columns are those of the recipe.
 
     Raises:
-        OptionError: for a folder without images, or fewer slices than the recipe asks for.
+        OptionError: for a folder without images, or fewer slices than the recipe asks for, and for measured k-space of
+            the recipe's size that is mostly empty, of which nobody knows the true image.
     """
 
     weight: float
@@ -73,6 +75,12 @@ class MriProblem(Problem):
         valid, rest = order[: recipe.valid_slices], order[recipe.valid_slices :]
         rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(recipe.seed))]
         self.recipe, self.parts, self.kspace = recipe, {}, images.kspace
+        if self._measurable() and images.sampled < SAMPLED:
+            raise OptionError(
+                "--size, --data",
+                f"{recipe.size[0]} {recipe.size[1]} is that of a measured k-space with samples at {images.sampled:.0%} "
+                f"of its places; allowed: another size, or {SAMPLED:.0%} or more, as its image is taken for the truth",
+            )
         self.truths = {
             "train": images.train[rest[: recipe.shots or spare]],
             "valid": images.train[valid],
