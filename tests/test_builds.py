@@ -119,7 +119,8 @@ def test_sums_of_blocks(built, block):
     sum_of_blocks(x, w, table, False, pair=(z, rand(16 * block, 128)))
     sum_of_blocks(dy, w, used, True, pair=(z, rand(128, 16 * block)))
     gradient_of_blocks(x, dy, table)
-    assert built == {"_sum_of_blocks", "_gradient_of_blocks"}
+    gradient_of_blocks(x, dy, table, z, parts=2)
+    assert built == {"_sum_of_blocks", "_gradient_of_blocks", "_total"}
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (16, 2), (8, 1), (8, 4)])

@@ -138,9 +138,16 @@ def check_blocks(device):
             (sum_of_blocks(x, w, table, False), forward),
             (sum_of_blocks(x, w, table, False, there.clone()), added),
             (sum_of_blocks(dy, w, used, True), dgrad),
-            (gradient_of_blocks(x, dy, table), wgrad),
+            (gradient_of_blocks(x, dy, table)[0], wgrad),
         ):
             assert_as_accurate(ours, plain(x, dy, w), plain(x.double(), dy.double(), w.double()))
+        for rank, parts in ((None, 3), (8, 1), (72, 2), (264, 1)):
+            z = None if rank is None else fenced(torch.randn(tokens, rank, **half))
+            dw, du = gradient_of_blocks(x, dy, table, z, parts)
+            assert_as_accurate(dw, wgrad(x, dy, w), wgrad(x.double(), dy.double(), w))
+            if z is not None:
+                plain, exact = (torch.einsum("tin,tr->inr", d, z.to(d.dtype)) for d in (dy, dy.double()))
+                assert_as_accurate(du.view(rows, n, rank), plain, exact)
 
 
 def draw_choices(kind, tokens, experts, top_k, device):

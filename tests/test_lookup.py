@@ -108,7 +108,7 @@ def test_a_low_rank_term_pairs_with_the_block_sparse_kernel(spec, paired):
     pytest.importorskip("triton")
     from structlin.ops.lowering import lower
     from structlin.ops.moves import Kernels
-    from structlin.ops.products import pairs
+    from structlin.ops.products import gradient_pairs, pairs
     from structlin.ops.schedule import schedule
 
     text = lower(spec.plan(256, 512)).text
@@ -116,6 +116,7 @@ def test_a_low_rank_term_pairs_with_the_block_sparse_kernel(spec, paired):
         terms = schedule(text, tokens, Kernels(True, True))
         assert pairs([(term.steps[-1].forward, term.steps[-1].after) for term in terms]) == paired
         assert pairs([(term.steps[0].dgrad, term.undo) for term in terms]) == paired
+        assert gradient_pairs({i: term.steps[-1].wgrad for i, term in enumerate(terms)}) == paired
     assert pairs([(t.steps[-1].forward, t.steps[-1].after) for t in schedule(text, 0, Kernels(True, True))]) == {}
 
 

@@ -70,22 +70,83 @@ def _sum_of_blocks(
 
 @triton.jit
 def _gradient_of_blocks(
-    dy_desc, x_desc, dw_desc, table, tokens,
-    SLOTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    dy_desc, x_desc, z_desc, dw, du, table, share,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    columns: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    # the blocks of one row run next to each other, so that its gradient is still in the L2 cache
-    row = tl.program_id(0) // (tiles * SLOTS * columns)
-    n = tl.program_id(0) // (SLOTS * columns) % tiles * BLOCK_N
-    slot = tl.program_id(0) // columns % SLOTS
-    k = tl.program_id(0) % columns * BLOCK_K
+    columns: tl.constexpr = K // BLOCK_K
+    tiles: tl.constexpr = N // BLOCK_N
+    sparse: tl.constexpr = SLOTS * columns
+    every: tl.constexpr = sparse + (RANK + BLOCK_K - 1) // BLOCK_K
+    groups: tl.constexpr = (every + GROUP - 1) // GROUP
+    part = tl.program_id(0) // (ROWS * tiles * groups)
+    row = tl.program_id(0) // (tiles * groups) % ROWS
+    n = row * N + tl.program_id(0) // groups % tiles * BLOCK_N
+    first = tl.program_id(0) % groups * GROUP
+    # descriptors and places that are read, of up to four products with the same gradient; what is beyond the last one
+    # is worked out once more and not stored
+    a_desc, a_at, a_to = _side(x_desc, z_desc, table, row, first, SLOTS, K, RANK, BLOCK_K)
+    b_desc, b_at, b_to = _side(x_desc, z_desc, table, row, min(first + 1, every - 1), SLOTS, K, RANK, BLOCK_K)
+    c_desc, c_at, c_to = _side(x_desc, z_desc, table, row, min(first + 2, every - 1), SLOTS, K, RANK, BLOCK_K)
+    d_desc, d_at, d_to = _side(x_desc, z_desc, table, row, min(first + 3, every - 1), SLOTS, K, RANK, BLOCK_K)
+    a_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    b_acc, c_acc, d_acc = a_acc, a_acc, a_acc
+    for t in tl.range(part * share, (part + 1) * share, BLOCK_T):
+        dy = dy_desc.load([t, n]).T
+        a_acc = tl.dot(dy, a_desc.load([t, a_at]), a_acc)
+        if GROUP > 1:
+            b_acc = tl.dot(dy, b_desc.load([t, b_at]), b_acc)
+        if GROUP > 2:
+            c_acc = tl.dot(dy, c_desc.load([t, c_at]), c_acc)
+            d_acc = tl.dot(dy, d_desc.load([t, d_at]), d_acc)
+    to = part * ROWS * N + n + tl.arange(0, BLOCK_N)
+    _store(dw, du, to, first, a_to, a_acc, SLOTS * K, RANK, sparse, every)
+    if GROUP > 1:
+        _store(dw, du, to, first + 1, b_to, b_acc, SLOTS * K, RANK, sparse, every)
+    if GROUP > 2:
+        _store(dw, du, to, first + 2, c_to, c_acc, SLOTS * K, RANK, sparse, every)
+        _store(dw, du, to, first + 3, d_to, d_acc, SLOTS * K, RANK, sparse, every)
+
+
+@triton.jit
+def _side(
+    x_desc, z_desc, table, row, index,
+    SLOTS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of a product: the descriptor of its operand, the place there, and where its result goes."""
+    columns: tl.constexpr = K // BLOCK_K
+    slot = tl.minimum(index // columns, SLOTS - 1)
     block = (tl.load(table + 2 * row + slot // 4) >> (slot % 4 * 16)).to(tl.int32) % 4096
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for t in tl.range(0, tokens, BLOCK_T):
-        acc = tl.dot(dy_desc.load([t, row * N + n]).T, x_desc.load([t, block * K + k]), acc)
-    dw_desc.store([row * N + n, slot * K + k], acc.to(dw_desc.dtype))
+    desc, at, to = x_desc, block * K + index % columns * BLOCK_K, slot * K + index % columns * BLOCK_K
+    if RANK:
+        if index >= SLOTS * columns:
+            desc = z_desc
+        beyond = (index - SLOTS * columns) * BLOCK_K
+        at, to = tl.where(index < SLOTS * columns, at, beyond), tl.where(index < SLOTS * columns, to, beyond)
+    return desc, at, to
+
+
+@triton.jit
+def _store(
+    dw, du, rows, index, column, acc,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, SPARSE: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    # not by descriptors: each of these stores would keep shared memory of its own
+    columns = column + tl.arange(0, acc.shape[1])
+    if index < SPARSE:
+        tl.store(dw + rows.to(tl.int64)[:, None] * WIDTH + columns, acc.to(dw.dtype.element_ty))
+    elif index < EVERY:
+        at = du + rows.to(tl.int64)[:, None] * RANK + columns
+        tl.store(at, acc.to(du.dtype.element_ty), mask=(columns < RANK)[None, :])
+
+
+@triton.jit
+def _total(parts, total, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        found += tl.load(parts + part * count + at, mask=at < count)
+    tl.store(total + at, found, mask=at < count)
 
 
 def fits(rows: int, blocks: int, slots: int, uses: int, n: int, k: int) -> bool:
@@ -151,19 +212,42 @@ def _tiles(x: Tensor, rows: int, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, shape, [shape[1], 1], block)
 
 
-def gradient_of_blocks(x: Tensor, dy: Tensor, table: tuple[tuple[int, ...], ...]) -> Tensor:
+def gradient_of_blocks(
+    x: Tensor, dy: Tensor, table: tuple[tuple[int, ...], ...], pair: Tensor | None = None, parts: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """``dw[r, :, s, :] = dy[:, r, :]^T x[:, table[r][s], :]``: a new tensor (rows, n, slots, k).
 
-    ``x`` is (tokens, blocks, k), ``dy`` (tokens, rows, n); as `sum_of_blocks` wants them.
+    ``x`` is (tokens, blocks, k), ``dy`` (tokens, rows, n); as `sum_of_blocks` wants them. With ``pair``, z (tokens,
+    rank) with a rank that is a multiple of 8, also ``dy^T z`` in the same pass, (rows * n, rank). Tokens are split into
+    ``parts``, by default as many as fill the device, whose sums in float32 are added up.
     """
     tokens, _, k = x.shape
-    n, slots = dy.shape[2], len(table[0])
-    dw = x.new_empty(len(table), n, slots, k)
-    rows, columns = min(128, n & -n), min(256, k & -k)
-    grid = (len(table) * (n // rows) * slots * (k // columns),)
-    _gradient_of_blocks[grid](
-        _tiles(dy, 1, [64, rows]), _tiles(x, 1, [64, columns]), _tiles(dw, 2, [rows, columns]),
-        _packed(table, x.device), tokens, slots, n, k, rows, columns, 64,
-        num_warps=8 if columns == 256 else 4, num_stages=3,
+    rows, n, slots = len(table), dy.shape[2], len(table[0])
+    rank = 0 if pair is None else pair.shape[1]
+    tall, wide = min(128, n & -n), min(256, k & -k)
+    every = slots * (k // wide) + -(-rank // wide)
+    group = min(256 // wide, 1 << (every - 1).bit_length())
+    programs = rows * (n // tall) * -(-every // group)
+    # tokens are split where there would be too few programs, into parts that fill one wave of them
+    parts = parts or max(1, min(_programs(x.device) // programs, tokens // 512))
+    share = -(-tokens // (64 * parts)) * 64
+    kept = x.dtype if parts == 1 else torch.float32
+    dw = x.new_empty(parts, rows * n, slots * k, dtype=kept)
+    du = None if pair is None else x.new_empty(parts, rows * n, rank, dtype=kept)
+    read = _tiles(x, 1, [64, wide])
+    _gradient_of_blocks[(programs * parts,)](
+        _tiles(dy, 1, [64, tall]), read, read if pair is None else _tiles(pair, 1, [64, wide]),
+        dw, dw if du is None else du, _packed(table, x.device), share,
+        rows, slots, n, k, rank, group, tall, wide, 64, num_warps=8 if group * wide == 256 else 4, num_stages=3,
     )  # fmt: skip
-    return dw
+    return _summed(dw, x.dtype).view(rows, n, slots, k), None if du is None else _summed(du, x.dtype)
+
+
+def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first axis, in ``dtype``."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+    count = total.numel()
+    _total[(-(-count // 1024),)](parts, total, count, parts.shape[0], 1024)
+    return total

@@ -30,17 +30,24 @@ class Blocks:
         self, a: Tensor, b: Tensor, into: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Multiply, or add the product to ``into``; with ``pair`` also the product of these matrices, in one pass."""
-        from ..kernels.blocks import gradient_of_blocks, sum_of_blocks
-
-        a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         if self.which == "wgrad":
             assert into is None
             assert pair is None
-            return gradient_of_blocks(a, b, self.table)
+            return self.gradients(a, b)[0]
+        from ..kernels.blocks import sum_of_blocks
+
+        a, b = aligned(a).view(self.a), aligned(b).view(self.b)
         transposed = self.which == "dgrad"
         if pair is not None:
             pair = aligned(pair[0]), aligned(pair[1] if transposed else pair[1].mT)
         return sum_of_blocks(a, b, self.table, transposed, into, pair)
+
+    def gradients(self, a: Tensor, b: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The product of "wgrad", and that of ``beside``, (tokens, rank), with ``b``, in one pass."""
+        from ..kernels.blocks import gradient_of_blocks
+
+        beside = None if beside is None else aligned(beside).view(self.a[0], -1)
+        return gradient_of_blocks(aligned(a).view(self.a), aligned(b).view(self.b), self.table, beside)
 
 
 def blocks(chain: Chain, sizes: dict[str, int]) -> tuple[Blocks, Blocks, Blocks] | None:

@@ -3,7 +3,7 @@ reorders its result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -113,6 +113,40 @@ def _continues(gemm: Multiply, blocks: Blocks) -> bool:
     b = (1, rank) if blocks.which == "forward" else (n, 1)
     strides = gemm.a[1], gemm.b[1], gemm.c[1]
     return not group and tokens > 0 and rank % 8 == 0 and strides == ((rank, 1), b, (n, 1))
+
+
+def gradient_pairs(products: Mapping[int, Multiply]) -> dict[int, int]:
+    """Which gradients of factors share a kernel, all being products with one gradient of a result: for the place of a
+    block-sparse one that of one of a plain matrix (tokens, rank)."""
+    found: dict[int, int] = {}
+    for i, blocks in products.items():
+        if isinstance(blocks, Blocks):
+            fitting = [j for j, gemm in products.items() if _beside(gemm, blocks) and j not in found.values()]
+            found |= {i: fitting[0]} if fitting else {}
+    return found
+
+
+def _beside(gemm: Multiply, blocks: Blocks) -> bool:
+    if not isinstance(gemm, Gemm) or len(gemm.c[0]) != 2:
+        return False
+    (rank, tokens), (_, n) = gemm.a[0], gemm.b[0]
+    strides = gemm.a[1], gemm.b[1], gemm.c[1]
+    return tokens == blocks.a[0] and rank % 8 == 0 and strides == ((1, rank), (n, 1), (1, rank))
+
+
+def factor_gradients(products: Mapping[int, tuple[Multiply, Tensor]], d: Tensor) -> dict[int, Tensor]:
+    """The products of tensors with ``d``, the gradient of a result, by place; two in one kernel where they pair up."""
+    found: dict[int, Tensor] = {}
+    paired = gradient_pairs({place: gemm for place, (gemm, _) in products.items()})
+    for place, (gemm, z) in products.items():
+        if place in paired:
+            assert isinstance(gemm, Blocks)
+            found[place], beside = gemm.gradients(z, d, products[paired[place]][1])
+            assert beside is not None
+            found[paired[place]] = beside
+        elif place not in paired.values():
+            found[place] = gemm.run(z, d)
+    return found
 
 
 def add(products: Sequence[Product]) -> Tensor:

@@ -12,9 +12,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .lowering import Program
 from .moves import kernels_on
-from .products import Product, add, multiply_then
+from .products import Multiply, Product, add, factor_gradients, multiply_then
 from .schedule import Steps, schedule
 
 
@@ -50,7 +51,10 @@ def gradients(
     kept = iter(saved)
     products: list[Product] = []
     found: list[Tensor | None] = []
-    for chain, own in _terms(x, factors, what, kernels):
+    terms = list(_terms(x, factors, what, kernels))
+    sparse = any(isinstance(chain.steps[-1].wgrad, Blocks) for chain, _ in terms)
+    shared: dict[int, tuple[Multiply, Tensor, Tensor]] = {}  # beside a block-sparse kernel, which may do them too
+    for chain, own in terms:
         if saved:
             inputs = [x if i == 0 and chain.before is None else next(kept) for i in range(len(own))]
         else:
@@ -65,13 +69,22 @@ def gradients(
                 d, dw = both.run(d, z, weight)
                 backwards.append(dw)
                 continue
-            backwards.append(as_shape(steps[i].wgrad.run(z, d), weight.shape) if needed[1 + first + i] else None)
+            wgrad = steps[i].wgrad
+            if not needed[1 + first + i]:
+                backwards.append(None)
+            elif sparse and d is dy:
+                shared[first + i] = wgrad, z, weight
+                backwards.append(None)
+            else:
+                backwards.append(as_shape(wgrad.run(z, d), weight.shape))
             del z  # what was computed again makes room for the next gradient
             if i:
                 d = multiply_then(steps[i].dgrad, undos[i], d, weight)
             elif needed[0]:
                 products.append(Product(steps[0].dgrad, undos[0], d, weight))
         found += reversed(backwards)
+    for place, dw in factor_gradients({at: (wgrad, z) for at, (wgrad, z, _) in shared.items()}, dy).items():
+        found[place] = as_shape(dw, shared[place][2].shape)
     return found, products
 
 
