@@ -41,6 +41,7 @@ FOLDERS = {"DATA": "data", "IMAGES": "images", "MRI": "mri", "models": "models"}
 EVERY = 3.0  # seconds between two looks at what was written
 QUARTER, SIXTH = 0.25, 0.16  # of a GPU; the latter for small operations that wait for their launches
 TWELFTH = 0.08  # for what times in turns and compiles else
+TIMES = ("train_seconds", "step_seconds", "examples_per_second", "tokens_per_second", "utilisation", "training_s")
 LEAST = 120.0  # seconds that a task with a limit of its own is worth starting for
 
 
@@ -49,7 +50,8 @@ class Task:
     """One command, with ``{limit}`` for the seconds that it has.
 
     ``seconds`` is what it is expected to take, ``part`` how much of a GPU it gets, and ``after`` names the tasks whose
-    records it reads. ``turns`` says that it times, and waits for its turn with that.
+    records it reads. ``turns`` says that it times, and waits for its turn with that; ``timeless``, that its records
+    keep no times, as others run beside it or stop it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Task:
     part: float = 1.0
     after: tuple[str, ...] = ()
     turns: bool = False
+    timeless: bool = False
 
     @property
     def least(self) -> float:
@@ -107,19 +110,20 @@ TASKS: tuple[Task, ...] = (
     speed("minilm"), speed("smollm2", " --speed-shape 16 1024"),
     *(
         Task(f"{model}-{flow}-s{seed}", "python benchmarks/operators.py --out results/operators-h200.json "
-             f"--models {model} --flows {flow} --seeds {seed} --short-share 0.9 --limit {{limit}}", 250, SIXTH)
+             f"--models {model} --flows {flow} --seeds {seed} --short-share 0.9 --limit {{limit}}", 250, SIXTH,
+             timeless=True)
         for seed in (0, 1, 2) for flow in ("1e-3", "1e-4", "1e-5") for model in ("fno", "monarch_no", "unet")
     ),
     *(
         Task(f"mri-{method}-s{seed}", "python benchmarks/mri.py --data MRI --out results/mri-h200.json "
-             f"--only '{method}-*-s{seed}' --limit {{limit}}", 300, SIXTH)
+             f"--only '{method}-*-s{seed}' --limit {{limit}}", 300, SIXTH, timeless=True)
         for seed in (0, 1, 2) for method in ("monarch_sense", "unet", "unet_on_sense")
     ),
     Task("mri-picture", "python benchmarks/mri.py --data MRI --out results/mri-h200.json --only none --limit 0 "
          "--picture results/mri-h200.png", 30, SIXTH, ("mri-monarch_sense-s0", "mri-unet-s0")),
     *(
-        Task(f"vision-{name}", "python benchmarks/vision.py --data IMAGES --shared "
-             f"--only '{name}_*' --limit {{limit}}", seconds, part)
+        Task(f"vision-{name}", f"python benchmarks/vision.py --data IMAGES --only '{name}_*' --limit {{limit}}",
+             seconds, part, timeless=True)
         for name, seconds, part in (("vit", 1200, QUARTER), ("mixer", 1200, QUARTER), ("mnist", 400, SIXTH))
     ),
     *(
@@ -130,7 +134,7 @@ TASKS: tuple[Task, ...] = (
     Task("attention", "python benchmarks/attention.py --out results/attention-h200.json --limit {limit}", 700, TWELFTH,
          turns=True),
     Task("attention-quality", "python benchmarks/attention.py --out results/attention-h200.json --quality DATA "
-         "--limit {limit}", 500, 0.5),
+         "--limit {limit}", 500, 0.5, timeless=True),
     *(
         Task(f"sparsify-{name}", "python benchmarks/sparsify.py --out results/sparsify-h200.json "
              f"--only '{glob}' --limit {{limit}}", seconds, TWELFTH, turns=True)
@@ -139,7 +143,7 @@ TASKS: tuple[Task, ...] = (
         )
     ),
     Task("sparsify-quality", "python benchmarks/sparsify.py --parts quality --out results/sparsify-h200.json "
-         "--limit {limit}", 900, QUARTER),
+         "--limit {limit}", 900, QUARTER, timeless=True),
     Task("bert", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --turns 2 --limit {limit}", 1500,
          QUARTER, turns=True),
     *(Task(preset, f"structlin bench --preset {preset} --out results/{file}-h200.json", seconds)
@@ -227,8 +231,20 @@ def collect(job: Job, out: Path) -> None:
             shutil.copy(path, out)
             continue
         own, before = by_name(path), job.before.get(path.name, {})
-        if fresh := {name: record for name, record in own.items() if record != before.get(name)}:
+        fresh = {name: record for name, record in own.items() if record != before.get(name)}
+        if job.task.timeless:
+            fresh = {name: without_times(record) for name, record in fresh.items()}
+        if fresh:
             records.write(out / path.name, list({**by_name(out / path.name), **fresh}.values()))
+
+
+def without_times(record: Record) -> Record:
+    """The record of what shared a GPU."""
+    metrics = {name: None if name in TIMES else value for name, value in record["metrics"].items()}
+    series = {
+        name: values for name, values in record.get("series", {}).items() if name not in ("seconds", "valid_seconds")
+    }
+    return {**record, "metrics": metrics, "series": series}
 
 
 def ready(waiting: Sequence[Task], active: Sequence[Job], gpus: int, left: float) -> Iterator[tuple[Task, int]]:

@@ -9,7 +9,7 @@ DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, CIFAR-10 in its fol
 ImageNet in tiny_imagenet_10.tar.xz. Runs are those of ``structlin train``: a ViT and an MLP-Mixer on both of these,
 small ones and a perceptron on MNIST, each dense and in four structures or more, three seeds each, dense and Monarch
 first. Runs named step-* time whole steps on random images: of the models of Dao et al. 2022, table 3.1, and of the
-others, whose runs may share a device (--shared). Nothing starts that is not expected to end within --limit; the file is
+others, whose runs may share a device. Nothing starts that is not expected to end within --limit; the file is
 written after every run, and the same command goes on with what is missing.
 """
 
@@ -67,9 +67,8 @@ TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "mixer_b16": {"model": "mixer", "width": 768, "depth": 12, "token_width": 384, "mlp_width": 3072, "layers": "mlp"},
 }
 TURNS, TURN = 3, 20  # steps of a turn
-RATES = {"vit_cifar10": (2.5e-4, 5e-4, 1e-3)}  # that dense tries, with seed 0; all structures train at its best
+RATES = {"vit_cifar10": (1.25e-4, 2.5e-4, 5e-4)}  # that dense tries, with seed 0; all structures train at its best
 SWEPT = {"vit_cifar10": "vit_cifar10", "vit_tiny_imagenet": "vit_cifar10"}  # recipe -> whose sweep gives its rate
-TIMES = ("step_seconds", "train_seconds", "examples_per_second")
 SMALL = {"batch": 16, "steps": 6, "valid_every": 3, "checkpoint_every": 6, "log_every": 3}
 
 
@@ -189,10 +188,8 @@ def timed(recipe: VisionRecipe, shape: tuple[int, ...], device: torch.device, co
     return {**found, "kind": "bench", "metrics": metrics, "series": {}}
 
 
-def perform(
-    run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str, shared: bool = False
-) -> Record:
-    """The small record of a run, without times where other work ran on the device."""
+def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, command: str) -> Record:
+    """The small record of a run."""
     if run.data is None:
         found = timed(recipe, run.shape, device, command)
     else:
@@ -200,14 +197,11 @@ def perform(
         for name in ("checkpoint.safetensors", "model"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    metrics, series = dict(found["metrics"]), dict(found["series"])
-    if shared and run.data:
-        metrics |= dict.fromkeys(TIMES)
-        series.pop("seconds", None)
+    metrics = dict(found["metrics"])
     counts = [metrics[name] or 0 for name in ("model_params", "swapped_params", "replaced_params")]
     metrics["params_share"] = counts[0] / (counts[0] - counts[1] + counts[2])
     config = {name: value for name, value in found["config"].items() if name not in ("data", "device")}
-    return {**found, "metrics": metrics, "series": series, "config": {**config, "given": run.given}}
+    return {**found, "metrics": metrics, "config": {**config, "given": run.given}}
 
 
 def as_arrays(source: Path, folder: Path) -> Path:
@@ -299,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last, start = run.given["structure"], time.monotonic()
         try:
             recipe = fields(run, where, device)
-            record = perform(run, recipe, folder / run.name, device, command, options.shared)
+            record = perform(run, recipe, folder / run.name, device, command)
         except Exception as error:  # the others may still run
             print(f"{run.name}: {error!r}"[:600], flush=True)
             failed.add(run.name)
@@ -353,7 +347,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="file of records; default: results/vision-h200.json, or vision-cpu.json")
     parser.add_argument("--picture", help="folder of the pictures; default: that of the records")
     parser.add_argument("--folder", help="folder of the runs; default: a temporary one")
-    parser.add_argument("--shared", action="store_true", help="other work runs on the device: no times are kept")
     parser.add_argument("--smoke", action="store_true", help="tiny runs on a CPU, on images made here")
     return parser.parse_args(arguments)
 

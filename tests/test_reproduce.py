@@ -26,7 +26,8 @@ name, seconds, path = sys.argv[1], float(sys.argv[2]), Path("results/made.json")
 document = json.loads(path.read_text())
 there = sorted(record["name"] for record in document["records"])
 config = {"there": there, "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "begun": time.time()}
-document["records"].append({**document["records"][0], "name": name, "config": config})
+metrics = {"loss": 1.0, "train_seconds": 2.0}
+document["records"].append({**document["records"][0], "name": name, "config": config, "metrics": metrics})
 
 def write():
     Path("fresh").write_text(json.dumps(document))
@@ -73,6 +74,16 @@ def test_records_of_tasks_side_by_side_come_together(options: Namespace) -> None
     assert found["three"]["there"] == ["old", "one", "two"]
     assert (Path(options.out) / "two.png").read_text() == "two"
     assert found["three"]["begun"] > max(found["one"]["ended"], found["two"]["ended"])
+
+
+def test_what_shares_a_gpu_keeps_no_times(options: Namespace) -> None:
+    before = reproduce.by_name(Path(options.out) / "made.json")
+    timeless = dataclasses.replace(task("shared", 0, 0.5), timeless=True)
+    assert reproduce.work([timeless, task("timed", 0, after=("shared",))], options) == []
+    found = reproduce.by_name(Path(options.out) / "made.json")
+    assert found["shared"]["metrics"] == {"loss": 1.0, "train_seconds": None}
+    assert found["timed"]["metrics"] == {"loss": 1.0, "train_seconds": 2.0}
+    assert found["old"] == before["old"]
 
 
 def test_what_is_timed_has_a_gpu_for_itself(options: Namespace) -> None:
