@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import analysis
-from structlin.ops import backends_on, dense
+from structlin.ops import backends_on, dense, products, replay
 from structlin.ops.lowering import REVISION, program
 from structlin.testing import assert_as_accurate, assert_close, compiles_whole, error, inputs, make, plain
 
@@ -193,6 +193,21 @@ def test_no_raw_op_loses_a_tangent():
         with forward_ad.dual_level(), contextlib.suppress(NotImplementedError, RuntimeError):
             result = operator(tree_map(lambda t: forward_ad.make_dual(t.clone(), torch.ones_like(t)), dual), *rest)
             assert forward_ad.unpack_dual(tree_leaves(result)[0]).tangent is not None
+
+
+@every_spec
+def test_compiled_code_runs_no_product_twice(spec, monkeypatch):
+    runs, multiply_then = [], products.multiply_then
+    for place in (products, replay):
+        monkeypatch.setattr(place, "multiply_then", lambda *given: runs.append(given[0]) or multiply_then(*given))
+    layer, found = make(spec, SHAPE, "cpu"), []
+    x = inputs(layer, 5)
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        run(x).sum().backward()
+        runs.clear()
+        run(x).sum().backward()
+        found.append(len(runs))
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -247,8 +247,7 @@ def _compute(x: Tensor, factors: Sequence[Tensor], text: str, keep: bool = True,
 
 def _compute_inputs(x: Tensor, factors: Sequence[Tensor], text: str, kernels: bool = True) -> list[Tensor]:
     check_shapes(x, factors, text)
-    _, saved = replay.forward(x, factors, program(text), True, kernels)
-    return apart([z.view(-1) for z in saved], x)
+    return apart([z.view(-1) for z in replay.inputs(x, factors, program(text), kernels)], x)
 
 
 def _compute_last(

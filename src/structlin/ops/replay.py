@@ -31,9 +31,15 @@ def forward(
         last = chain.steps[-1]
         products.append(Product(last.forward, last.after, inputs[-1], own[-1]))
         if keep:
-            new += inputs if chain.before is not None else inputs[1:]  # in what order is the schedule's affair
+            new += _new(chain, inputs)
     y = as_shape(add(products), (*x.shape[:-1], what.chains[0].out_features))
     return y if bias is None else y.add_(as_dtype(bias, y.dtype)), new
+
+
+def inputs(x: Tensor, factors: Sequence[Tensor], what: Program, kernels: bool) -> list[Tensor]:
+    """What `forward` keeps, without the result."""
+    x = x.contiguous()
+    return [z for chain, own in _terms(x, factors, what, kernels) for z in _new(chain, _inputs(x, chain, own, True))]
 
 
 def gradients(
@@ -131,3 +137,8 @@ def _inputs(x: Tensor, chain: Steps, factors: Sequence[Tensor], keep: bool) -> l
         inputs = [*inputs, z] if keep else [z]
         del z  # held by the inputs alone, so that who takes it from them frees it
     return inputs
+
+
+def _new(chain: Steps, inputs: list[Tensor]) -> list[Tensor]:
+    """Of the inputs of all steps those that are new tensors; in what order they are is the schedule's affair."""
+    return inputs if chain.before is not None else inputs[1:]
