@@ -188,10 +188,10 @@ def test_linears_in_place_of_conv1d_compute_the_same() -> None:
     assert torch.allclose(published(windows).logits, model.eval()(windows).logits, atol=1e-6)
 
 
-def test_norms_behind_the_residual_sum_leave_the_tokens_in_it() -> None:
-    sizes: dict[str, Any] = {"width": 64, "heads": 2, "mlp_width": 256, "embedding_width": 32, "context": 16}
-    recipe = dataclasses.replace(find("opt350m"), **sizes)
-    with_dyad = dataclasses.replace(recipe, structure="dyad:nblocks=4")
+@pytest.mark.parametrize(("name", "sizes"), [("opt350m", {"embedding_width": 32}), ("bert_base", {})])
+def test_norms_behind_the_residual_sum_leave_the_tokens_in_it(name: str, sizes: dict[str, Any]) -> None:
+    recipe = dataclasses.replace(find(name), width=64, heads=2, mlp_width=256, context=16, **sizes)
+    with_dyad = dataclasses.replace(recipe, structure="dyad:nblocks=4", layers="all")
     dense, structured = models.build(recipe, 500)[0], models.build(with_dyad, 500)[0]
     for name, layer in structured.named_modules():
         if isinstance(layer, StructuredLinear):

@@ -88,7 +88,7 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
     """
     torch.manual_seed(recipe.seed)
     model = dense(recipe, vocabulary)
-    sizes = calm_(model, recipe) if recipe.post_norm else {}
+    sizes = calm_(model, recipe) if recipe.post_norm or recipe.architecture == "bert" else {}
     conversion = to_structured_(model, _rules(recipe, model), init=recipe.init)
     for swap in conversion:
         if swap.name in sizes:
@@ -98,7 +98,7 @@ def build(recipe: Recipe, vocabulary: int, device: str | torch.device = "cpu") -
 
 @torch.no_grad()
 def calm_(model: nn.Module, recipe: Recipe) -> dict[str, float]:
-    """Draw a decoder with norms behind the residual sum so that every block begins close to the identity.
+    """Draw a model with norms behind the residual sum so that every block begins close to the identity.
 
     Such a norm shrinks the residual stream to make room for what a block adds. With branches of the usual scale nothing
     of the input is left after 24 blocks, and the frequencies of tokens are all that is learned. So the last layer of a
@@ -114,7 +114,7 @@ def calm_(model: nn.Module, recipe: Recipe) -> dict[str, float]:
         if not isinstance(layer, nn.Linear) or layer.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
             continue
         std = 0.02 * (1024 / recipe.width) ** 0.5
-        if name.endswith(("fc2", "out_proj")):
+        if name.endswith(("fc2", "out_proj", "output.dense")):
             std /= (2 * recipe.depth) ** 0.5
         elif "project_" in name:
             std = layer.in_features**-0.5
