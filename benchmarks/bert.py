@@ -7,10 +7,9 @@ DATA (or STRUCTLIN_DATA) has text/, glue/ and tokenizer/bpe16k.json as benchmark
 gets the special tokens of BERT. BERT-base is pretrained dense, with Monarch in all linear layers of its blocks
 (scratch) and with Monarch for 70% of the updates and dense weights afterwards (reverse); the dense one is also
 projected to Monarch by ``structlin convert`` (projected). All four are then tuned on each task, in float32 with TF32
-products. Two seeds of everything. BERT-large runs for a few updates, for its speed. A run has a GPU for itself while it
-is pretrained, or with --turns 2 shares it with another, one of which trains while the other starts and compiles; three
-models are tuned on one GPU at a time. Nothing starts that is not expected to end within --limit,
-and what is not done by then is ended. The same command goes on with what is missing.
+products. Two seeds of everything. Runs named *-speed are a few updates of BERT-base and BERT-large, for their speed.
+One model is pretrained on a GPU at a time, or three are tuned. Nothing starts that is not expected to end within
+--limit, and what is not done by then is ended. The same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 TASKS = {"sst2": 800, "mrpc": 400, "cola": 800, "rte": 400}  # updates of 32 examples
 STEPS, BATCH, CONTEXT, SPEED = 5000, 128, 128, 600e3  # tokens a second to plan with
-LARGE_STEPS, LARGE_BATCH, LARGE_SPEED = 60, 512, 200e3
+SPEEDS = {"base": (BATCH, SPEED), "large": (512, 200e3)}  # windows and tokens a second of the runs for speed
+FEW = 60  # their updates
 START, TUNING = 70.0, 150.0  # seconds to start a run, and to tune a model on all tasks
 SHARE = 3  # models that are tuned on one GPU at a time
 
@@ -64,9 +65,10 @@ class Job:
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
     after: str = ""  # the run whose model it reads
 
-    def load(self, turns: int) -> float:
+    @property
+    def load(self) -> float:
         """Share of a GPU."""
-        return 1.0 / (turns if self.recipe else SHARE)
+        return 1.0 if self.recipe else 1.0 / SHARE
 
 
 def plan(smoke: bool, steps: int) -> list[Job]:
@@ -84,11 +86,12 @@ def plan(smoke: bool, steps: int) -> list[Job]:
             name = f"{variant}-s{seed}"
             jobs.append(Job(name, seconds, "tiny_bert" if smoke else "bert_base", fields))
     jobs.sort(key=lambda job: not job.name.startswith("dense"))
-    for variant in () if smoke else ("dense", "scratch"):
-        fields = {"steps": LARGE_STEPS, "batch": LARGE_BATCH, "log_every": 10, "valid_every": LARGE_STEPS,
-                  "checkpoint_every": LARGE_STEPS, "valid_windows": 256, **VARIANTS[variant]}  # fmt: skip
-        seconds = START + LARGE_STEPS * LARGE_BATCH * CONTEXT / LARGE_SPEED
-        jobs.append(Job(f"large-{variant}-speed", seconds, "bert_large", fields))
+    for size, (batch, fast) in () if smoke else SPEEDS.items():
+        for variant in ("dense", "scratch"):
+            fields = {"steps": FEW, "batch": batch, "log_every": 10, "valid_every": FEW, "checkpoint_every": FEW,
+                      "valid_windows": 256, **VARIANTS[variant]}  # fmt: skip
+            seconds = START + FEW * batch * CONTEXT / fast
+            jobs.append(Job(f"{size}-{variant}-speed", seconds, f"bert_{size}", fields))
     for seed in seeds:
         for variant in (*VARIANTS, "projected"):
             source = "dense" if variant == "projected" else variant
@@ -99,8 +102,8 @@ def plan(smoke: bool, steps: int) -> list[Job]:
 class Place:
     """Where runs and data lie, and how a job is started."""
 
-    def __init__(self, folder: Path, data: Path, smoke: bool, turns: int = 1) -> None:
-        self.folder, self.data, self.smoke, self.turns = folder, data, smoke, turns
+    def __init__(self, folder: Path, data: Path, smoke: bool) -> None:
+        self.folder, self.data, self.smoke = folder, data, smoke
 
     def file(self, kind: str, name: str) -> Path:
         """A file of the data, packed or not; ValueError where it is missing."""
@@ -158,9 +161,8 @@ class Place:
                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus // SHARE)),
                "STRUCTLIN_CACHE_DIR": str(self.folder / "choices"),
                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
-        env.pop(ALONE, None)
-        if self.turns > 1 and job.recipe:
-            env[ALONE] = os.environ.get(ALONE) or str(self.folder.resolve() / f"gpu{gpu}.lock")
+        if not job.name.endswith("-speed"):
+            env.pop(ALONE, None)  # what trains for minutes would stop all others for as long
         with open(here / "log.txt", "wb") as log:
             return subprocess.Popen(self.command(job), stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
 
@@ -212,7 +214,7 @@ def masked_loss(recipe: Recipe, model: Path, device: str) -> float:
 
 def missing(jobs: Sequence[Job], place: Place, book: Book) -> list[Job]:
     """Jobs without records of so many updates; runs whose models are gone are done again where tuning needs them."""
-    steps = next(job.fields["steps"] for job in jobs if job.recipe)
+    steps = next((job.fields["steps"] for job in jobs if job.recipe), None)
 
     def is_done(job: Job) -> bool:
         if job.recipe:
@@ -235,9 +237,9 @@ def work(jobs: Sequence[Job], place: Place, gpus: int, limit: float, keep: Any) 
         while waiting or active:
             for gpu in range(gpus):
                 for job in list(waiting):
-                    used = sum(other.load(place.turns) for other, there, _, _ in active if there == gpu)
+                    used = sum(other.load for other, there, _, _ in active if there == gpu)
                     ready = not job.after or (place.folder / job.after / "record.json").exists()
-                    if ready and used + job.load(place.turns) <= 1.01 and time.monotonic() + job.seconds <= limit:
+                    if ready and used + job.load <= 1.01 and time.monotonic() + job.seconds <= limit:
                         waiting.remove(job)
                         active.append((job, gpu, place.start(job, gpu, gpus), time.monotonic()))
                         print(f"gpu {gpu}: {job.name}, about {job.seconds:.0f} s", flush=True)
@@ -309,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", help="records, added to; default: results/bert-h200.json, or FOLDER/bert.json with --smoke")
     add("--gpus", type=int, default=1)
     add("--limit", type=float, default=470.0, help="seconds after which nothing runs any more")
-    add("--turns", type=int, default=1, choices=(1, 2), help="runs on a GPU at once, of which one trains")
+    add("--only", nargs="+", default=["*"], help="globs over names of runs")
     add("--steps", type=int, default=STEPS, help="updates of BERT-base")
     add("--smoke", action="store_true", help="tiny models on a CPU")
     add("--tune", metavar="NAME", help="for the processes that this one starts")
@@ -318,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.data:
         print("bert.py: error: --data is not given; allowed: a folder, here or in STRUCTLIN_DATA", file=sys.stderr)
         return 2
-    place = Place(folder, Path(options.data), options.smoke, options.turns)
+    place = Place(folder, Path(options.data), options.smoke)
     try:
         if options.tune:
             tune(place, options.tune)
@@ -329,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = Path(options.out or (folder / "bert.json" if options.smoke else "results/bert-h200.json"))
     book, command = Book(out), f"python benchmarks/bert.py --gpus {options.gpus}"
-    jobs = plan(options.smoke, 12 if options.smoke else options.steps)
+    planned = plan(options.smoke, 12 if options.smoke else options.steps)
+    jobs = [job for job in planned if any(fnmatchcase(job.name, glob) for glob in options.only)]
 
     def keep(job: Job) -> None:
         for record in store.read(place.result(job)):

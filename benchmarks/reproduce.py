@@ -144,8 +144,10 @@ TASKS: tuple[Task, ...] = (
     ),
     Task("sparsify-quality", "python benchmarks/sparsify.py --parts quality --out results/sparsify-h200.json "
          "--limit {limit}", 900, QUARTER, timeless=True),
-    Task("bert", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --turns 2 --limit {limit}", 1500,
-         QUARTER, turns=True),
+    Task("bert", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --only '*-s?' --limit {limit}",
+         1500, QUARTER, timeless=True),
+    Task("bert-speed", "python benchmarks/bert.py --data DATA --out results/bert-h200.json --only '*-speed' "
+         "--limit {limit}", 700, TWELFTH, turns=True),
     *(Task(preset, f"structlin bench --preset {preset} --out results/{file}-h200.json", seconds)
       for preset, file, seconds in (("h200", "bench", 500), ("blocks", "blocks", 200))),
     Task("routed", "python benchmarks/routed.py --out results/routed-h200.json", 200),

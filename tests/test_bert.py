@@ -196,7 +196,7 @@ def test_the_runs_of_the_benchmark_fit_their_recipes(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     jobs = importlib.import_module("bert").plan(smoke=False, steps=100)
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == 6 + 2 + 8
+    assert len(set(names)) == len(names) == 6 + 4 + 8
     for job in jobs:
         assert (job.after in names) == (not job.recipe)
         if job.recipe:
