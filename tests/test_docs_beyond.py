@@ -75,14 +75,20 @@ def mri() -> list[str]:
     return [*small, *mri_rows("mri-full-cpu.json", learned)]
 
 
-def mri_of_one_seed() -> list[str]:
-    """Runs of seed 0 on a GPU: a method, slices to train on, then pSNR and SSIM."""
+def mri_on_a_gpu() -> list[str]:
+    return mri_rows("mri-h200.json", [("monarch_sense", "scaled_sense_"), ("monarch_sense", ""), ("unet", "")])
+
+
+def mri_of_few_slices() -> list[str]:
+    """At 4x, for every number of slices to train on, pSNR and SSIM as means over three seeds."""
     runs, rows = metrics("mri-h200.json"), []
-    for acceleration in (2, 4, 8):
-        cells = [runs[f"{model}-{acceleration}x-s0"] for model in ("monarch_sense", "unet")]
-        sense = f"{cells[0]['test_scaled_sense_psnr_db']:.2f} / {cells[0]['test_scaled_sense_ssim']:.3f}"
-        others = " | ".join(f"{run['test_psnr_db']:.2f} / {run['test_ssim']:.3f}" for run in cells)
-        rows.append(f"| {acceleration}x | {sense} | {others} |")
+    for shots in ("1", "5", "20", "100"):
+        cells = []
+        for model, method in (("monarch_sense", "scaled_sense_"), ("monarch_sense", ""), ("unet", "")):
+            found = [runs[f"{model}-shots{shots}-4x-s{seed}"] for seed in range(3)]
+            psnr, ssim = (sum(run[f"test_{method}{n}"] for run in found) / 3 for n in ("psnr_db", "ssim"))
+            cells.append(f"{psnr:.2f} / {ssim:.3f}")
+        rows.append(f"| {shots} | {' | '.join(cells)} |")
     return rows
 
 
@@ -128,6 +134,25 @@ def sparse_layers() -> list[str]:
     return rows
 
 
+def sparse_losses() -> list[str]:
+    """Losses at the better of two rates: mean of three seeds and half their range, and the first seed at both rates."""
+    found, rows = metrics("sparsify-h200.json"), []
+    for name in ("dense", "magnitude", "random", "butterfly", "pixelfly"):
+        first = {rate: found[f"quality {name} lr{rate} s0"]["valid_loss"] for rate in ("0.0003", "0.001")}
+        rate = min(first, key=lambda rate: first[rate])
+        runs = [found[f"quality {name} lr{rate} s{seed}"] for seed in range(3)]
+        losses = [run["valid_loss"] for run in runs]
+        share = runs[0].get("density", 1.0)
+        spread = f"{sum(losses) / 3:.3f} ± {(max(losses) - min(losses)) / 2:.3f}"
+        rows.append(f"| {name} | {share:.3f} | {first['0.0003']:.3f} | {first['0.001']:.3f} | {spread} |")
+    return rows
+
+
+def navier_stokes() -> list[str]:
+    found = metrics("operators-h200.json")
+    return [f"{found[f'{model}-1e-3-s0']['test_relative_l2']:.4f}" for model in ("fno", "monarch_no")]
+
+
 def burgers() -> list[str]:
     found = metrics("burgers-cpu.json")
     said = []
@@ -139,10 +164,10 @@ def burgers() -> list[str]:
 
 PAGES = {
     "vision.md": [small_models, on_a_gpu, steps_of_the_paper],
-    "mri.md": [mri, mri_of_one_seed],
+    "mri.md": [mri, mri_on_a_gpu, mri_of_few_slices],
     "attention.md": [attention],
-    "sparsify.md": [sparse_models, sparse_layers],
-    "operators.md": [burgers],
+    "sparsify.md": [sparse_models, sparse_layers, sparse_losses],
+    "operators.md": [burgers, navier_stokes],
 }
 
 

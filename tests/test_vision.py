@@ -476,7 +476,7 @@ def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(reci
 
 SWEEP = {
     f"vit_cifar10@{rate:g}-dense-s0": {"metrics": {"accuracy": accuracy}}
-    for rate, accuracy in ((2.5e-4, 0.7), (5e-4, 0.8), (1e-3, 0.6))
+    for rate, accuracy in zip(benchmark.RATES["vit_cifar10"], (0.7, 0.8, 0.6), strict=True)
 }
 
 
@@ -487,7 +487,7 @@ def test_all_train_at_the_rate_at_which_dense_was_best() -> None:
     assert "mixer_cifar10-dense-s0" in before
     after = {run.name: run for run in benchmark.plan(40, SWEEP)}
     for name in ("vit_cifar10-dense-s0", "vit_cifar10-btt4-s2", "vit_tiny_imagenet-monarch4-s1"):
-        assert after[name].given["lr"] == 5e-4
+        assert after[name].given["lr"] == benchmark.RATES["vit_cifar10"][1]
     assert "lr" not in after["mixer_cifar10-dense-s0"].given
 
 
