@@ -8,9 +8,11 @@
 DATA (or STRUCTLIN_IMAGES) is a folder with MNIST as arrays, CIFAR-10 in its folder cifar10, and ten classes of Tiny
 ImageNet in tiny_imagenet_10.tar.xz. Runs are those of ``structlin train``: a ViT and an MLP-Mixer on both of these,
 small ones and a perceptron on MNIST, each dense and in four structures or more, three seeds each, dense and Monarch
-first. Runs named step-* time whole steps on random images: of the models of Dao et al. 2022, table 3.1, and of the
-others, whose runs may share a device. Nothing starts that is not expected to end within --limit; the file is
-written after every run, and the same command goes on with what is missing.
+first. Each structure of the ViT on CIFAR-10 trains at the learning rate at which seed 0 has the best accuracy in
+validation: from that of `STARTS` it is doubled and halved until the best has a worse one on both sides. Runs named
+vit_cifar10@RATE-* are of that. Runs named step-* time whole steps on random images: of the models of Dao et al. 2022,
+table 3.1, and of the others, whose runs may share a device. Nothing starts that is not expected to end within --limit;
+the file is written after every run, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -67,8 +70,8 @@ TABLE = {  # of Dao et al. 2022, table 3.1; their ViT-S is that of timm in 2021
     "mixer_b16": {"model": "mixer", "width": 768, "depth": 12, "token_width": 384, "mlp_width": 3072, "layers": "mlp"},
 }
 TURNS, TURN = 3, 20  # steps of a turn
-RATES = {"vit_cifar10": (1.25e-4, 2.5e-4, 5e-4)}  # that dense tries, with seed 0; all structures train at its best
-SWEPT = {"vit_cifar10": "vit_cifar10", "vit_tiny_imagenet": "vit_cifar10"}  # recipe -> whose sweep gives its rate
+STARTS = {"vit_cifar10": 2.5e-4}  # recipe -> learning rate that its sweeps start at
+SWEPT = {"vit_cifar10": "vit_cifar10", "vit_tiny_imagenet": "vit_cifar10"}  # recipe -> whose sweeps give its rates
 SMALL = {"batch": 16, "steps": 6, "valid_every": 3, "checkpoint_every": 6, "log_every": 3}
 
 
@@ -87,37 +90,40 @@ class Run:
     shape: tuple[int, ...] = LARGE
 
 
-def swept(kept: Mapping[str, Record], recipe: str) -> float | None:
-    """The rate of the best accuracy in validation, None while the sweep is not whole."""
-    runs = {rate: kept.get(f"{recipe}@{rate:g}-dense-s0") for rate in RATES[recipe]}
-    found = {rate: run["metrics"].get("accuracy") or 0.0 for rate, run in runs.items() if run}
-    return max(found, key=lambda rate: found[rate]) if len(found) == len(runs) else None
+def sweep(kept: Mapping[str, Record], recipe: str, label: str) -> tuple[float, bool]:
+    """Learning rate of the best accuracy in validation and True, or the one to try next and False."""
+    name = re.compile(rf"{recipe}@.*-{label}-s0")
+    runs = [record for title, record in kept.items() if name.fullmatch(title)]
+    found = {run["config"]["given"]["lr"]: run["metrics"].get("accuracy") or 0.0 for run in runs}
+    if STARTS[recipe] not in found:
+        return STARTS[recipe], False
+    best = max(found, key=lambda rate: found[rate])
+    following = next((rate for rate in (best / 2, 2 * best) if rate not in found), None)
+    return (best, True) if following is None else (following, False)
 
 
 def plan(epochs: int, kept: Mapping[str, Record]) -> Iterator[Run]:
-    """All runs, the most wanted first; those that need a sweep's rate once the sweep is in ``kept``."""
-    for recipe, rates in RATES.items():
-        steps = epochs * EPOCH["cifar10"] // 512
-        for rate in rates:
-            given = {"structure": "dense", "seed": 0, "steps": steps, "checkpoint_every": steps, "lr": rate}
-            yield Run(f"{recipe}@{rate:g}-dense-s0", recipe, given, "cifar10", 40 + steps * 0.013)
-    for labels in (("dense", "monarch4", "dyad4"), ("btt4", "btt2", "dyad8", "pixelfly")):
+    """All runs, the most wanted first, as far as the sweeps in ``kept`` say; the next run of each sweep among them."""
+    for labels in (("dense", "monarch4", "dyad4"), ("dyad8", "pixelfly", "btt4", "btt2")):
         for recipe, data, known in (("vit_cifar10", "cifar10", STRUCTURES), ("mixer_cifar10", "cifar10", STRUCTURES),
                                     ("mnist_mlp", "mnist", OF_MNIST), ("vit_mnist", "mnist", OF_SMALL),
                                     ("mixer_mnist", "mnist", OF_SMALL),
                                     ("vit_tiny_imagenet", "tiny_imagenet_10", STRUCTURES),
                                     ("mixer_tiny_imagenet", "tiny_imagenet_10", STRUCTURES)):  # fmt: skip
-            rate = swept(kept, SWEPT[recipe]) if recipe in SWEPT else None
-            if recipe in SWEPT and rate is None:
-                continue
             for label in (label for label in labels if label in known):
+                steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (256 if data == "mnist" else 512)
+                given = {"structure": known[label], "steps": steps, "checkpoint_every": steps}
+                start, step = (20, 0.002) if data == "mnist" else (40, 0.011)
+                if recipe in SWEPT:
+                    given["lr"], ready = sweep(kept, SWEPT[recipe], label)
+                    if recipe in STARTS:
+                        name = f"{recipe}@{given['lr']:g}-{label}-s0"
+                        yield Run(name, recipe, given | {"seed": 0}, data, start + steps * step)
+                    if not ready:
+                        continue
                 for seed in range(SEEDS):
-                    steps = EPOCHS.get(recipe, epochs) * EPOCH[data] // (256 if data == "mnist" else 512)
-                    given = {"structure": known[label], "seed": seed, "steps": steps, "checkpoint_every": steps}
-                    given |= {} if rate is None else {"lr": rate}
-                    start, step = (20, 0.002) if data == "mnist" else (40, 0.011)
                     seconds = (start if seed == 0 else 8) + steps * step
-                    yield Run(f"{recipe}-{label}-s{seed}", recipe, given, data, seconds)
+                    yield Run(f"{recipe}-{label}-s{seed}", recipe, given | {"seed": seed}, data, seconds)
     for model, sizes in TABLE.items():
         for label in ("dense", "monarch4", "dyad8", "btt4"):
             given = {**sizes, "structure": STRUCTURES[label], "patch": 16, "batch": 128, "log_every": TURN}
@@ -202,6 +208,12 @@ def perform(run: Run, recipe: VisionRecipe, folder: Path, device: torch.device, 
     metrics["params_share"] = counts[0] / (counts[0] - counts[1] + counts[2])
     config = {name: value for name, value in found["config"].items() if name not in ("data", "device")}
     return {**found, "metrics": metrics, "config": {**config, "given": run.given}}
+
+
+def again(run: Run, kept: Mapping[str, Record]) -> Record | None:
+    """The record of the same run under its name in a sweep."""
+    alike = (kept[name] for name in kept if name.startswith(f"{run.recipe}@"))
+    return next((record for record in alike if record["config"]["given"] == run.given), None)
 
 
 def as_arrays(source: Path, folder: Path) -> Path:
@@ -293,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last, start = run.given["structure"], time.monotonic()
         try:
             recipe = fields(run, where, device)
-            record = perform(run, recipe, folder / run.name, device, command)
+            record = again(run, kept) or perform(run, recipe, folder / run.name, device, command)
         except Exception as error:  # the others may still run
             print(f"{run.name}: {error!r}"[:600], flush=True)
             failed.add(run.name)

@@ -463,7 +463,7 @@ def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(reci
     if recipe.startswith("vit"):
         pytest.importorskip("transformers")
     runs = list(benchmark.plan(40, SWEEP))
-    assert len({run.name for run in runs}) == len(runs) == 3 + 3 * (4 * 5 + 3 * 6) + 16 + 2 * 5 + 3 * 6
+    assert len({run.name for run in runs}) == len(runs) == 5 + 3 * (4 * 5 + 3 * 6) + 16 + 2 * 5 + 3 * 6
     (shape,) = {benchmark.SHAPES[run.data] for run in runs if run.recipe == recipe and run.data}
     with torch.device("meta"):
         dense = models.build(find(recipe), shape, 10)
@@ -474,21 +474,47 @@ def test_structures_of_the_plan_fit_and_have_at_most_half_of_the_parameters(reci
         assert sum(swap.params for swap in swaps) <= 0.5 * sum(swap.dense_params for swap in swaps), run.name
 
 
-SWEEP = {
-    f"vit_cifar10@{rate:g}-dense-s0": {"metrics": {"accuracy": accuracy}}
-    for rate, accuracy in zip(benchmark.RATES["vit_cifar10"], (0.7, 0.8, 0.6), strict=True)
-}
+def swept(label: str, accuracies: dict[float, float]) -> dict[str, Any]:
+    """Records of a sweep: times the rate it starts at, and accuracy."""
+    start = benchmark.STARTS["vit_cifar10"]
+    return {
+        f"vit_cifar10@{times * start:g}-{label}-s0": {
+            "config": {"given": {"lr": times * start}}, "metrics": {"accuracy": accuracy},
+        }
+        for times, accuracy in accuracies.items()
+    }  # fmt: skip
 
 
-def test_all_train_at_the_rate_at_which_dense_was_best() -> None:
+SWEEP = {name: run for label in benchmark.STRUCTURES for name, run in swept(label, {1: 0.7, 2: 0.8, 4: 0.6}).items()}
+
+
+def test_each_structure_trains_at_the_rate_at_which_it_was_best() -> None:
     before = {run.name: run for run in benchmark.plan(40, {})}
-    assert {name for name in before if name.startswith("vit_cifar10")} == set(SWEEP)
-    assert not any(name.startswith("vit_tiny") for name in before)
+    assert {name for name in before if name.startswith("vit_")} - {n for n in before if n.startswith("vit_mnist")} == {
+        f"vit_cifar10@0.00025-{label}-s0" for label in benchmark.STRUCTURES
+    }
     assert "mixer_cifar10-dense-s0" in before
-    after = {run.name: run for run in benchmark.plan(40, SWEEP)}
-    for name in ("vit_cifar10-dense-s0", "vit_cifar10-btt4-s2", "vit_tiny_imagenet-monarch4-s1"):
-        assert after[name].given["lr"] == benchmark.RATES["vit_cifar10"][1]
+    apart = SWEEP | swept("dense", {1: 0.7, 0.5: 0.6, 2: 0.5})
+    after = {run.name: run for run in benchmark.plan(40, apart)}
+    for name in ("vit_cifar10-btt4-s2", "vit_tiny_imagenet-monarch4-s1"):
+        assert after[name].given["lr"] == 5e-4
+    assert after["vit_cifar10-dense-s0"].given["lr"] == 2.5e-4
     assert "lr" not in after["mixer_cifar10-dense-s0"].given
+    kept = {"vit_cifar10@0.00025-dense-s0": {"config": {"given": after["vit_cifar10-dense-s0"].given}}}
+    assert benchmark.again(after["vit_cifar10-dense-s0"], kept) is kept["vit_cifar10@0.00025-dense-s0"]
+    assert benchmark.again(after["vit_cifar10-dense-s1"], kept) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "times", "ready"),
+    [({1: 0.7}, 0.5, False), ({1: 0.7, 0.5: 0.6}, 2, False), ({1: 0.7, 0.5: 0.8}, 0.25, False),
+     ({1: 0.7, 0.5: 0.8, 0.25: 0.6}, 0.5, True), ({2: 0.7}, 1, False), ({1: 0.7, 0.5: None, 2: 0.6}, 1, True)],
+)  # fmt: skip
+def test_a_sweep_goes_on_until_a_worse_rate_is_on_both_sides(
+    accuracies: dict[float, float], times: float, ready: bool
+) -> None:
+    kept = swept("btt4", accuracies) | swept("dense", {8: 0.9})
+    assert benchmark.sweep(kept, "vit_cifar10", "btt4") == (times * 2.5e-4, ready)
 
 
 def run_record(name: str, accuracy: float, step: float, share: float = 1.0) -> dict[str, Any]:
